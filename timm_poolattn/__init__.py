@@ -1,0 +1,18 @@
+"""Pooling-based attention for timm. Importing the package registers its models with timm's factory."""
+
+from .layers import CBAM, SAAM, SGE, SPEM, SRM, Association, Focus, FocusAssociation, create_gate
+from .models import CifarResNet
+
+__version__ = '0.1.0'
+__all__ = [
+    'CBAM',
+    'SAAM',
+    'SGE',
+    'SPEM',
+    'SRM',
+    'Association',
+    'CifarResNet',
+    'Focus',
+    'FocusAssociation',
+    'create_gate',
+]

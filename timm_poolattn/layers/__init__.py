@@ -1,0 +1,22 @@
+from .cbam import CBAM
+from .create_gate import GATES, create_gate
+from .focus_association import Association, Focus, FocusAssociation, fa_weight
+from .saam import SAAM
+from .sge import SGE
+from .spem import REWEIGHT_FORMS, SPEM
+from .srm import SRM
+
+__all__ = [
+    'CBAM',
+    'GATES',
+    'REWEIGHT_FORMS',
+    'SAAM',
+    'SGE',
+    'SPEM',
+    'SRM',
+    'Association',
+    'Focus',
+    'FocusAssociation',
+    'create_gate',
+    'fa_weight',
+]

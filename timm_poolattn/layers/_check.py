@@ -1,0 +1,10 @@
+import torch
+from timm.layers.trace_utils import _assert
+
+
+def check_channels(x: torch.Tensor, channels: int, name: str) -> None:
+    """Name both numbers where x (B, C, H, W) has not the `channels` that the module `name` was built for.
+
+    An assertion as timm's own layers use it, so that FX can trace and TorchScript compile it.
+    """
+    _assert(x.shape[1] == channels, f'{name} was built for {channels} channels, its input has {x.shape[1]}')

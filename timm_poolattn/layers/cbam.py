@@ -1,0 +1,52 @@
+"""CBAM as the SAAM paper's baseline has it. timm's own CbamModule puts a batch norm behind the spatial convolution.
+
+Paper: `CBAM: Convolutional Block Attention Module` - https://arxiv.org/abs/1807.06521
+"""
+
+import torch
+from timm.layers.cbam import ChannelAttn
+from torch import nn
+from torch.nn import functional as F
+
+from ._check import check_channels
+
+
+class CBAM(nn.Module):
+    """Channel gate from average and max pooling, then a spatial gate: kernel_size^2 conv, 2 -> 1, no bias, no norm.
+
+    Shape: (B, C, H, W) -> (B, C, H, W), any B and any H, W >= 1.
+
+    Args:
+        channels: C, the channels of the input.
+        rd_ratio: hidden channels of the channel gate over C. Default: 1/4.
+        kernel_size: of the spatial gate, odd. Default: 5.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: an even `kernel_size`.
+        AssertionError: the input has another number of channels.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        rd_ratio: float = 1 / 4,
+        kernel_size: int = 5,
+        device=None,
+        dtype=None,
+    ) -> None:
+        if kernel_size % 2 != 1:
+            raise ValueError(f'CBAM: kernel_size={kernel_size} must be odd')
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.channels = channels
+        self.channel = ChannelAttn(channels, rd_ratio=rd_ratio, **dd)
+        self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_channels(x, self.channels, 'CBAM')
+        x = self.channel(x)
+        pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)
+        return x * F.sigmoid(self.conv(pooled)).to(x.dtype)

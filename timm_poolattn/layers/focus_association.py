@@ -1,0 +1,116 @@
+"""FA: focus and association, attention over the blocks of a network.
+
+Paper: `A Novel Block-wise Attention Method: Focus-and-Association Networks` (Liu et al.; equation numbers are its own)
+
+Blocks B_0 ... B_{n-1} of a stage turn X_i into U_i. B_0 is the benchmark and has no gate; block i >= 1 has a
+`FocusAssociation(channels, i)`, which yields one scalar k_i a sample from X_i and the earlier k alone, so that k_i is
+known before block i runs. `fa_weight` then gives X_{i+1}. `gated_blocks` wires a stage; the same modules, once more,
+wire whole stages (Fig. 4).
+"""
+
+import torch
+from timm.layers import make_divisible
+from torch import nn
+from torch.nn import functional as F
+
+from ._check import check_channels
+
+
+class Focus(nn.Module):
+    """Focused attention k'_i in (0, 1), Eq. 5-7.
+
+    Shape: (B, C, H, W) -> (B, 1).
+
+    Args:
+        channels: C, the channels of X_i.
+        rd_ratio: hidden channels over C. Default: 1/4, the paper's r1 = 4.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        AssertionError: the input has another number of channels.
+    """
+
+    def __init__(self, channels: int, *, rd_ratio: float = 1 / 4, device=None, dtype=None) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.channels = channels
+        rd_channels = make_divisible(channels * rd_ratio, 1, round_limit=0.0)
+        self.fc1 = nn.Linear(channels, rd_channels, **dd)  # W1, b1
+        self.fc2 = nn.Linear(rd_channels, 1, **dd)  # W2, b2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_channels(x, self.channels, 'Focus')
+        return F.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3))))))
+
+
+class Association(nn.Module):
+    """Associative attention k_i in (0, 1), Eq. 8.
+
+    Shape: s'_i = [k_1, ..., k_{i-1}, k'_i], (B, i) -> (B, 1).
+
+    Args:
+        index: i, at least 2.
+        expand_ratio: hidden width over i. Default: 4, the paper's r2.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(self, index: int, *, expand_ratio: int = 4, device=None, dtype=None) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        # the paper prints R^{r2 x i}, its parameter counts need the hidden width r2 * i
+        self.fc1 = nn.Linear(index, expand_ratio * index, **dd)  # W3, b3
+        self.fc2 = nn.Linear(expand_ratio * index, 1, **dd)  # W4, b4
+
+    def forward(self, s: torch.Tensor) -> torch.Tensor:
+        return F.sigmoid(self.fc2(F.relu(self.fc1(s))))
+
+
+class FocusAssociation(nn.Module):
+    """The gate of block i >= 1: k_i = F_as(k_1, ..., k_{i-1}, F_fo(X_i)), Eq. 2; k_1 = k'_1, Eq. 4.
+
+    Shape: X_i (B, C, H, W) and the i - 1 earlier k, each (B, 1) -> (B, 1).
+
+    Args:
+        channels: C, the channels of X_i.
+        index: i, at least 1.
+        rd_ratio: hidden channels of the focus over C. Default: 1/4, the paper's r1 = 4.
+        expand_ratio: hidden width of the association over i. Default: 4, the paper's r2.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: `index` below 1: block 0 is the benchmark and has no gate.
+        AssertionError: the input has another number of channels, or `ks` another number of earlier k.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        index: int,
+        *,
+        rd_ratio: float = 1 / 4,
+        expand_ratio: int = 4,
+        device=None,
+        dtype=None,
+    ) -> None:
+        if index < 1:
+            raise ValueError(f'FocusAssociation: index={index} must be at least 1; block 0 is the benchmark, ungated')
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.index = index
+        self.focus = Focus(channels, rd_ratio=rd_ratio, **dd)
+        self.association = Association(index, expand_ratio=expand_ratio, **dd) if index > 1 else None
+
+    def forward(self, x: torch.Tensor, ks: list[torch.Tensor]) -> torch.Tensor:
+        torch._assert(len(ks) == self.index - 1, 'FocusAssociation: block i takes the i - 1 earlier k of its stage')
+        k = self.focus(x)
+        if self.association is not None:
+            k = self.association(torch.cat(ks + [k], dim=1))
+        return k
+
+
+def fa_weight(x: torch.Tensor, u: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """X_{i+1} = X_i + (U_i - X_i) k_i, Eq. 9. Shapes: x and u (B, C, H, W), k (B, 1) -> (B, C, H, W)."""
+    return torch.lerp(x, u, k.to(x.dtype)[:, :, None, None])

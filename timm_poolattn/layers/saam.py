@@ -1,0 +1,74 @@
+"""SAAM: score-based aggregated attention.
+
+Paper: `Score-based Aggregation for Attention Modules in Image Classification Tasks` (Lee, Chung; equation numbers are
+its own)
+"""
+
+import torch
+from timm.layers import make_divisible
+from torch import nn
+from torch.nn import functional as F
+
+from ._check import check_channels
+
+
+class SAAM(nn.Module):
+    """Channel attention whose pooling weights positions by a learned score map, Eq. 4-10.
+
+    Shape: (B, C, H, W) -> (B, C, H, W), any B and any H, W >= 1.
+
+    Args:
+        channels: C, the channels of the input.
+        rd_ratio: hidden channels of g over C. Default: 1/4, the paper's t = 4.
+        rd_channels: hidden channels of g, in place of `rd_ratio`.
+        rd_divisor: what the hidden channels are rounded to a multiple of. Default: 1.
+        paths: K, the number of score maps. They share g, whose outputs are summed before the sigmoid as CBAM does
+            (inferred: the paper does not say). Default: 1.
+        kernel_size: of the score convolution, odd. Default: 5.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Parameters are 2 C^2 rd_ratio + K kernel_size^2: no layer has a bias.
+
+    Raises:
+        ValueError: an even `kernel_size`, or `paths` below 1.
+        AssertionError: the input has another number of channels.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        rd_ratio: float = 1 / 4,
+        rd_channels: int | None = None,
+        rd_divisor: int = 1,
+        paths: int = 1,
+        kernel_size: int = 5,
+        device=None,
+        dtype=None,
+    ) -> None:
+        if kernel_size % 2 != 1:
+            raise ValueError(f'SAAM: kernel_size={kernel_size} must be odd, so that V has the size of its input')
+        if paths < 1:
+            raise ValueError(f'SAAM: paths={paths} must be at least 1')
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.channels = channels
+        rd_channels = rd_channels or make_divisible(channels * rd_ratio, rd_divisor, round_limit=0.0)
+        self.conv = nn.Conv2d(1, paths, kernel_size, padding=kernel_size // 2, bias=False, **dd)
+        self.fc1 = nn.Linear(channels, rd_channels, bias=False, **dd)
+        self.fc2 = nn.Linear(rd_channels, channels, bias=False, **dd)
+
+    def score_map(self, x: torch.Tensor) -> torch.Tensor:
+        """V of Eq. 7, shape (B, K, H, W): for each sample and path non-negative, with sum 1 over H, W."""
+        check_channels(x, self.channels, 'SAAM')
+        u = self.conv(x.mean(1, keepdim=True))  # Eq. 5, 6
+        # a score that overflows float16 would turn the softmax into NaN: take the largest finite number instead
+        u = torch.nan_to_num(u, nan=float('nan'))
+        return u.flatten(2).softmax(dim=-1).view_as(u)  # Eq. 7
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        v = self.score_map(x).flatten(2).to(x.dtype)
+        s = v @ x.flatten(2).transpose(1, 2)  # Eq. 4: (B, K, C)
+        r = F.sigmoid(self.fc2(F.relu(self.fc1(s))).sum(1))  # Eq. 8, 9
+        return x * r.to(x.dtype)[:, :, None, None]  # Eq. 10

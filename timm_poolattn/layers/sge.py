@@ -1,0 +1,48 @@
+"""SGE: spatial group-wise enhancement.
+
+Paper: `Spatial Group-wise Enhance: Improving Semantic Feature Learning in Convolutional Networks`
+- https://arxiv.org/abs/1905.09646
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ._check import check_channels
+
+
+class SGE(nn.Module):
+    """Spatial attention within each group of channels, from the similarity of a position to the group's mean.
+
+    Shape: (B, C, H, W) -> (B, C, H, W), any B and any H, W >= 1.
+
+    Args:
+        channels: C, the channels of the input.
+        groups: G, the groups of channels; 2G parameters. Default: 8. (No printed count of the SPEM paper settles it.)
+        eps: added to the standard deviation. Default: 1e-5.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: `groups` does not divide `channels`.
+        AssertionError: the input has another number of channels.
+    """
+
+    def __init__(self, channels: int, *, groups: int = 8, eps: float = 1e-5, device=None, dtype=None) -> None:
+        if channels % groups:
+            raise ValueError(f'SGE: groups={groups} must divide channels={channels}')
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.channels = channels
+        self.groups = groups
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(groups, 1, **dd))
+        self.bias = nn.Parameter(torch.ones(groups, 1, **dd))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_channels(x, self.channels, 'SGE')
+        groups = x.unflatten(1, (self.groups, -1))  # (B, G, C/G, H, W)
+        c = (groups * groups.mean((3, 4), keepdim=True)).sum(2).flatten(2)  # similarity (B, G, H*W)
+        c = (c - c.mean(2, keepdim=True)) / (c.std(2, unbiased=False, keepdim=True) + self.eps)
+        a = F.sigmoid(c * self.weight + self.bias).to(x.dtype)
+        return (groups * a.unflatten(2, x.shape[2:]).unsqueeze(2)).flatten(1, 2)

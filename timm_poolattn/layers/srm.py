@@ -1,0 +1,42 @@
+"""SRM: style-based recalibration.
+
+Paper: `SRM: A Style-based Recalibration Module for Convolutional Neural Networks` - https://arxiv.org/abs/1903.10829
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ._check import check_channels
+
+
+class SRM(nn.Module):
+    """Channel attention from each channel's mean and standard deviation.
+
+    Style pooling, a fully connected layer per channel (2C weights), batch norm (2C) and a sigmoid.
+
+    Shape: (B, C, H, W) -> (B, C, H, W). As every batch norm over pooled features it needs B > 1 in training.
+
+    Args:
+        channels: C, the channels of the input.
+        eps: added to the variance under the root. Default: 1e-5.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        AssertionError: the input has another number of channels.
+    """
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, device=None, dtype=None) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.channels = channels
+        self.eps = eps
+        self.cfc = nn.Parameter(torch.zeros(channels, 2, **dd))  # zero, as in the authors' code: the gate starts at 1/2
+        self.bn = nn.BatchNorm1d(channels, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_channels(x, self.channels, 'SRM')
+        var, mean = torch.var_mean(x, dim=(2, 3), unbiased=False)
+        z = mean * self.cfc[:, 0] + (var + self.eps).sqrt() * self.cfc[:, 1]
+        return x * F.sigmoid(self.bn(z)).to(x.dtype)[:, :, None, None]

@@ -1,0 +1,55 @@
+"""Default configs: the data sets' facts, overlaid by the release folders of `hub_configs`."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from timm.models import generate_default_cfgs
+
+#: Tags and what each data set fixes. An untagged name means the first tag with weights, or else the first.
+DATASETS: dict[str, dict[str, Any]] = {
+    'cifar10': dict(
+        num_classes=10, input_size=(3, 32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
+    ),
+    'cifar100': dict(
+        num_classes=100, input_size=(3, 32, 32), mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
+    ),
+    'tiny_imagenet': dict(
+        num_classes=200, input_size=(3, 64, 64), mean=(0.4802, 0.4481, 0.3975), std=(0.2770, 0.2691, 0.2821)
+    ),
+}
+
+
+def hub_configs_dir() -> Path:
+    """The release folders: inside an installed package, or beside the package in a source checkout."""
+    package = Path(__file__).parent.parent
+    packaged = package / 'hub_configs'
+    return packaged if packaged.is_dir() else package.parent / 'hub_configs'
+
+
+def released() -> dict[str, Path]:
+    """Release folders by `<arch>.<tag>`, in order of name."""
+    return {path.parent.name: path.parent for path in sorted(hub_configs_dir().glob('*/config.json'))}
+
+
+def read_default_cfgs(archs: Iterable[str], **cfg) -> dict[str, Any]:
+    """timm's default_cfgs for `archs`, one tag for each of `DATASETS`, each overlaid by its release folder if any.
+
+    Args:
+        archs: model names without a tag.
+        **cfg: what all of them share, as in timm's PretrainedCfg.
+    """
+    folders = released()
+    cfgs = {}
+    for arch in archs:
+        for tag, dataset in DATASETS.items():
+            name = f'{arch}.{tag}'
+            cfgs[name] = dict(interpolation='bicubic', crop_pct=1.0, **dataset, **cfg)
+            if name in folders:
+                config = json.loads((folders[name] / 'config.json').read_text())
+                cfgs[name].update(config['pretrained_cfg'])
+                weights = folders[name] / 'model.safetensors'
+                if weights.is_file():
+                    cfgs[name]['file'] = str(weights)
+    return generate_default_cfgs(cfgs)

@@ -1,0 +1,446 @@
+"""CIFAR ResNets of the SPEM, SAAM and FA papers, with every gate the papers compare.
+
+Three backbones share the names: 3x3 stem, stages of widths 16, 32, 64 with strides 1, 2, 2, global pooling and one
+linear layer in all of them; what differs is in `FLAVOURS`, and which blocks a depth has.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    LayerType,
+    calculate_drop_path_rates,
+    get_act_layer,
+    get_device_dtype,
+    get_norm_layer,
+)
+from timm.models import build_model_with_cfg, checkpoint, register_model, resolve_pretrained_cfg
+from timm.models._features import feature_take_indices
+from torch import nn
+
+from ..layers import GATES, FocusAssociation, create_gate, fa_weight
+from ._cfg import read_default_cfgs
+
+__all__ = ['CifarResNet']
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """What a paper's CIFAR ResNet has of its own.
+
+    Attributes:
+        shortcut_kernel: of the projecting conv + BN shortcut, in the first block of a stage.
+        project_first: project that of stage 1 too, even if no shape changes.
+        gate_kwargs: what the paper's baselines pass to their gates.
+    """
+
+    shortcut_kernel: int
+    project_first: bool
+    gate_kwargs: dict[str, dict[str, Any]]
+
+
+FLAVOURS = {
+    'saam': Flavour(1, True, dict(se=dict(rd_ratio=1 / 4, bias=False))),
+    'fa': Flavour(3, False, dict(se=dict(rd_ratio=1 / 8))),  # the paper took the better of 1/4 and 1/8, row by row
+    'spem': Flavour(1, False, dict(se=dict(rd_ratio=1 / 16), cbam=dict(rd_ratio=1 / 16, kernel_size=7))),
+}
+#: Gates whose parameters the SAAM paper's training does not decay: "all parameters except the attention modules".
+_UNDECAYED_GATES = ('se', 'se2', 'cbam', 'saam', 'saam2', 'saam4')
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convs. forward(x, shortcut) takes the shortcut already matched in shape: see `Stage`."""
+
+    expansion = 1
+    depth = 2  # weighted layers
+
+    def __init__(
+        self,
+        in_chs: int,
+        width: int,
+        stride: int = 1,
+        gate: nn.Module | None = None,
+        fa: FocusAssociation | None = None,
+        drop_path: float = 0.0,
+        act_layer: type[nn.Module] = nn.ReLU,
+        norm_layer: type[nn.Module] = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chs, width, 3, stride=stride, padding=1, bias=False, **dd)
+        self.bn1 = norm_layer(width, **dd)
+        self.act1 = act_layer(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False, **dd)
+        self.bn2 = norm_layer(width, **dd)
+        self.gate = gate or nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.act2 = act_layer(inplace=True)
+        self.fa = fa
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.gate(self.bn2(self.conv2(x)))
+        return self.act2(self.drop_path(x) + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convs, post-activation. forward(x, shortcut) as in `BasicBlock`."""
+
+    expansion = 4
+    depth = 3
+
+    def __init__(
+        self,
+        in_chs: int,
+        width: int,
+        stride: int = 1,
+        gate: nn.Module | None = None,
+        fa: FocusAssociation | None = None,
+        drop_path: float = 0.0,
+        act_layer: type[nn.Module] = nn.ReLU,
+        norm_layer: type[nn.Module] = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        out_chs = width * self.expansion
+        self.conv1 = nn.Conv2d(in_chs, width, 1, bias=False, **dd)
+        self.bn1 = norm_layer(width, **dd)
+        self.act1 = act_layer(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False, **dd)
+        self.bn2 = norm_layer(width, **dd)
+        self.act2 = act_layer(inplace=True)
+        self.conv3 = nn.Conv2d(width, out_chs, 1, bias=False, **dd)
+        self.bn3 = norm_layer(out_chs, **dd)
+        self.gate = gate or nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.act3 = act_layer(inplace=True)
+        self.fa = fa
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.act2(self.bn2(self.conv2(x)))
+        x = self.gate(self.bn3(self.conv3(x)))
+        return self.act3(self.drop_path(x) + shortcut)
+
+
+BLOCKS = {'basic': BasicBlock, 'bottleneck': Bottleneck}
+
+
+class Stage(nn.Module):
+    """Blocks of one width, and the first block's shortcut, which matches the stage's input to its output in shape.
+
+    With FA, blocks 1 ... n-1 carry a gate (`block.fa`), and so does the stage itself (`self.fa`) unless it is the first.
+    """
+
+    def __init__(
+        self, blocks: list[nn.Module], shortcut: nn.Module | None = None, fa: FocusAssociation | None = None
+    ) -> None:
+        super().__init__()
+        self.shortcut = shortcut or nn.Identity()
+        self.blocks = nn.ModuleList(blocks)
+        self.fa = fa
+        self.grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor, stage_ks: list[torch.Tensor]) -> torch.Tensor:
+        """The stage's output. `stage_ks` holds the earlier stages' k; a gated stage appends its own."""
+        matched = self.shortcut(x)  # X of the stage
+        if self.fa is not None:
+            stage_ks.append(self.fa(matched, stage_ks))
+        block_ks: list[torch.Tensor] = []
+        shortcut = matched
+        for block in self.blocks:
+            if block.fa is not None:
+                block_ks.append(block.fa(x, block_ks))
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                u = checkpoint(block, x, shortcut)
+            else:
+                u = block(x, shortcut)
+            x = u if block.fa is None else fa_weight(x, u, block_ks[-1])
+            shortcut = x
+        return x if self.fa is None else fa_weight(matched, x, stage_ks[-1])
+
+
+class CifarResNet(nn.Module):
+    """CIFAR ResNet with a gate in each block, or FA over blocks and stages.
+
+    Args:
+        depth: 6n+2 with basic blocks, 9n+2 with bottlenecks.
+        block: 'basic' or 'bottleneck'. Default: 'basic'.
+        gate: one of `timm_poolattn.layers.GATES`, 'fa', 'fase' (FA over blocks with SE in them), or None. It sits on
+            the last BN's output, before the shortcut is added.
+        flavour: whose backbone, a key of `FLAVOURS`. Default: 'spem' with bottlenecks, else 'fa' with FA and 'saam'
+            with any other gate or none.
+        gate_kwargs: keyword arguments of the gate (of the SE in it, for 'fase'), over the flavour's own.
+        num_classes: 0 for no classifier. Default: 10.
+        in_chans: Default: 3.
+        global_pool: timm's pooling names, '' for none. Default: 'avg'.
+        stem_stride: 2 for 64x64 images. Default: 1.
+        drop_rate: dropout before the classifier. Default: 0.
+        drop_path_rate: stochastic depth of the last block, growing linearly over depth. Default: 0.
+        act_layer: Default: ReLU.
+        norm_layer: Default: BatchNorm2d.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: a depth that the block does not allow (it names the nearest), an unknown block, gate or flavour.
+    """
+
+    def __init__(
+        self,
+        depth: int = 20,
+        block: str = 'basic',
+        gate: str | None = None,
+        flavour: str | None = None,
+        gate_kwargs: dict[str, Any] | None = None,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        stem_stride: int = 1,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        act_layer: LayerType = nn.ReLU,
+        norm_layer: LayerType = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+    ) -> None:
+        if block not in BLOCKS:
+            raise ValueError(f'unknown block {block!r}; choose from {", ".join(BLOCKS)}')
+        if gate not in (None, 'fa', 'fase', *GATES):
+            raise ValueError(f'unknown gate {gate!r}; choose from {", ".join((*GATES, "fa", "fase"))}, or None')
+        has_fa = gate in ('fa', 'fase')
+        flavour = flavour or ('spem' if block == 'bottleneck' else 'fa' if has_fa else 'saam')
+        if flavour not in FLAVOURS:
+            raise ValueError(f'unknown flavour {flavour!r}; choose from {", ".join(FLAVOURS)}')
+        block_cls, backbone = BLOCKS[block], FLAVOURS[flavour]
+        per_n = 3 * block_cls.depth
+        n, rest = divmod(depth - 2, per_n)
+        if rest or n < 1:
+            below = max(n, 1) * per_n + 2
+            raise ValueError(
+                f'CifarResNet: depth={depth} must be {per_n}n+2 with {block} blocks;'
+                f' nearest are {below} and {below + per_n}'
+            )
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.gate = gate
+        self.flavour = flavour
+        act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
+
+        self.conv1 = nn.Conv2d(in_chans, 16, 3, stride=stem_stride, padding=1, bias=False, **dd)
+        self.bn1 = norm_layer(16, **dd)
+        self.act1 = act_layer(inplace=True)
+        self.feature_info = [dict(num_chs=16, reduction=stem_stride, module='act1')]
+
+        channel_gate = 'se' if gate == 'fase' else None if gate == 'fa' else gate
+        gate_kwargs = {**backbone.gate_kwargs.get(channel_gate, {}), **(gate_kwargs or {})}
+        in_chs, reduction = 16, stem_stride
+        stages = []
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, [n] * 3, stagewise=True)
+        for s, (width, stride) in enumerate(((16, 1), (32, 2), (64, 2))):
+            out_chs = width * block_cls.expansion
+            reduction *= stride
+            shortcut = None
+            if in_chs != out_chs or stride != 1 or backbone.project_first:
+                k = backbone.shortcut_kernel
+                shortcut = nn.Sequential(
+                    nn.Conv2d(in_chs, out_chs, k, stride=stride, padding=k // 2, bias=False, **dd),
+                    norm_layer(out_chs, **dd),
+                )
+            blocks = []
+            for i in range(n):
+                blocks.append(
+                    block_cls(
+                        in_chs,
+                        width,
+                        stride=stride if i == 0 else 1,
+                        gate=create_gate(channel_gate, out_chs, **gate_kwargs, **dd) if channel_gate else None,
+                        fa=FocusAssociation(out_chs, i, **dd) if has_fa and i else None,
+                        drop_path=drop_path_rates[s][i],
+                        act_layer=act_layer,
+                        norm_layer=norm_layer,
+                        **dd,
+                    )
+                )
+                in_chs = out_chs
+            stages.append(Stage(blocks, shortcut, FocusAssociation(out_chs, s, **dd) if has_fa and s else None))
+            self.feature_info.append(dict(num_chs=out_chs, reduction=reduction, module=f'stages.{s}'))
+        self.stages = nn.ModuleList(stages)
+
+        self.num_features = self.head_hidden_size = in_chs
+        self.head = ClassifierHead(in_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """He initialisation (fan out) of the backbone's convolutions; gates keep their own."""
+        gates = {m for b in self._blocks() for m in b.gate.modules()}
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d) and m not in gates:
+                nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+
+    def _blocks(self) -> list[nn.Module]:
+        return [block for stage in self.stages for block in stage.blocks]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the SAAM paper does not decay: those of its gates."""
+        if self.flavour != 'saam' or self.gate not in _UNDECAYED_GATES:
+            return set()
+        return {name for name, _ in self.named_parameters() if '.gate.' in name}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regex patterns of parameter groups, by stage where `coarse`, else by block."""
+        blocks = [(r'^stages\.(\d+)\.blocks\.(\d+)', None), (r'^stages\.(\d+)\.(shortcut|fa)', (0,))]
+        return dict(stem=r'^conv1|bn1', blocks=r'^stages\.(\d+)' if coarse else blocks)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
+        return 'head.fc' if name_only else self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Features of the stem (index 0) and of the three stages.
+
+        Args:
+            x: (B, C, H, W).
+            indices: the last n if int, all if None, else these.
+            norm: no effect: every stage ends normalised.
+            stop_early: stop at the last index asked for.
+            output_fmt: 'NCHW' only.
+            intermediates_only: leave out the final features.
+        """
+        assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
+        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
+        intermediates = []
+        x = self.act1(self.bn1(self.conv1(x)))
+        if 0 in take_indices:
+            intermediates.append(x)
+        stage_ks: list[torch.Tensor] = []
+        for i, stage in enumerate(self.stages[:max_index] if stop_early else self.stages, 1):
+            x = stage(x, stage_ks)
+            if i in take_indices:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop the stages (and the head) that these intermediates do not need; returns their indices."""
+        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
+        prune_end = max_index < len(self.stages)
+        self.stages = self.stages[:max_index]
+        if prune_end:
+            # the head is sized for the final features, so it goes with them
+            self.num_features = self.head.in_features = self.feature_info[max_index]['num_chs']
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act1(self.bn1(self.conv1(x)))
+        stage_ks: list[torch.Tensor] = []
+        for stage in self.stages:
+            x = stage(x, stage_ks)
+        return x
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+#: The SPEM authors' parameter names (their gate lies in the block itself), ours beside them.
+_SPEM_AUTHORS = {'w1': 'gamma_exc', 'b1': 'beta_exc', 'w2': 'gamma_rew', 'b2': 'beta_rew', 'p': 'p'}
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Rename a torchvision-style CIFAR ResNet checkpoint (`layer1.0.conv1`, `fc`), the SPEM authors' among them."""
+    state_dict = state_dict.get('state_dict', state_dict)
+    state_dict = {name.removeprefix('module.'): weight for name, weight in state_dict.items()}
+    if 'layer1.0.conv1.weight' not in state_dict:
+        return state_dict
+    out = {}
+    for name, weight in state_dict.items():
+        name = re.sub(r'^layer(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.blocks.', name)
+        name = re.sub(r'^fc\.', 'head.fc.', name).replace('.blocks.0.downsample.', '.shortcut.')
+        prefix, _, leaf = name.rpartition('.')
+        if leaf in _SPEM_AUTHORS:
+            name, weight = f'{prefix}.gate.{_SPEM_AUTHORS[leaf]}', weight.flatten()
+        out[name] = weight
+    return out
+
+
+def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs) -> CifarResNet:
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    kwargs.setdefault('stem_stride', 2 if cfg.input_size[-1] == 64 else 1)
+    return build_model_with_cfg(
+        CifarResNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
+        **kwargs,
+    )
+
+
+_DEPTHS = {20: 'basic', 32: 'basic', 44: 'basic', 56: 'basic', 110: 'basic'}
+_DEPTHS |= {83: 'bottleneck', 164: 'bottleneck', 245: 'bottleneck', 326: 'bottleneck'}
+_MODEL_ARGS = {
+    f'resnet{depth}_{gate}' if gate else f'resnet{depth}': dict(depth=depth, block=block, gate=gate)
+    for depth, block in _DEPTHS.items()
+    for gate in (None, *GATES, 'fa', 'fase')
+}
+
+default_cfgs = read_default_cfgs(_MODEL_ARGS, pool_size=(8, 8), first_conv='conv1', classifier='head.fc')
+
+
+def _entrypoint(name: str, model_args: dict[str, Any]):
+    def entrypoint(pretrained: bool = False, **kwargs) -> CifarResNet:
+        return _create_cifar_resnet(name, pretrained, **{**model_args, **kwargs})
+
+    gate = model_args['gate']
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = (
+        f'ResNet-{model_args["depth"]} for small images, {model_args["block"]} blocks'
+        f'{f", {gate.upper()}" if gate else ""}. Keyword arguments as in `CifarResNet` and timm.create_model.'
+    )
+    return register_model(entrypoint)
+
+
+globals().update({name: _entrypoint(name, model_args) for name, model_args in _MODEL_ARGS.items()})

@@ -1,0 +1,41 @@
+"""The papers' result tables as data: every row as printed, and the model that it describes."""
+
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+#: Rows of Table 4 of the SPEM paper by `SPEM(reweight=...)`.
+_REWEIGHT_ROWS = dict(
+    a='unshared',
+    b='no_sigmoid',
+    c='product',
+    d='sigmoid_sum',
+    e='sigmoid_product',
+    f='max',
+    g='min',
+    none='none',
+    ours='sum',
+)
+
+
+def table_rows() -> list[dict[str, Any]]:
+    """Every row of the result tables. `tables.yaml` explains its fields."""
+    return yaml.safe_load((files(__package__) / 'tables.yaml').read_text())['rows']
+
+
+def model_args(row: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `timm.create_model` for a row of `table_rows()`."""
+    args: dict[str, Any] = dict(model_name=f'{row["model"]}.{row["dataset"]}')
+    if row['dataset'] == 'imagenet5':
+        args.update(model_name=row['model'], num_classes=5)
+    if row['paper'] == 'fa':
+        args['flavour'] = 'fa'
+    if 'se_ratio' in row:
+        args['gate_kwargs'] = dict(rd_ratio=1 / row['se_ratio'])
+    kind, _, rest = row.get('variant', '').partition(' ')
+    if kind == 'fixed':  # "fixed lambda 0.1: u = ..."
+        args['gate_kwargs'] = dict(fixed_lambda=float(rest.split()[1].rstrip(':')))
+    elif kind == 'reweight':  # "reweight a: ..."
+        args['gate_kwargs'] = dict(reweight=_REWEIGHT_ROWS[rest.split(':')[0]])
+    return args

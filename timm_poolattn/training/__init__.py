@@ -1,0 +1,5 @@
+from .task import PenaltyTask
+from .timm_script import find_train_script
+from .train import train
+
+__all__ = ['PenaltyTask', 'find_train_script', 'train']

@@ -1,0 +1,96 @@
+"""Finding timm's own train.py, which its wheel does not carry."""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import timm
+import torch
+
+from ..data import cache_dir
+
+_logger = logging.getLogger(__name__)
+
+URL = 'https://raw.githubusercontent.com/huggingface/pytorch-image-models/{tag}/train.py'
+#: Tag of the script for an installed timm, where it is not the version's own.
+TAGS = {'1.0.31': 'v1.0.28'}
+#: SHA-256 of train.py by tag.
+PINNED = {'v1.0.28': '1fb02d26fe16536bc7de2c987980644353117c2b2b8046532261464093cd1ac6'}
+
+_THREE_WAYS = (
+    "timm's train.py is not in its wheel. Three ways to get it: --timm-script PATH (or TIMM_TRAIN_SCRIPT=PATH);"
+    ' a checkout of huggingface/pytorch-image-models in or beside the working folder;'
+    ' or a network connection, to download it once'
+)
+
+
+def find_train_script(path: str | Path | None = None, *, allow_unpinned: bool = False) -> Path:
+    """timm's train.py: `path`, $TIMM_TRAIN_SCRIPT, a checkout in or beside the working folder, or a checked download.
+
+    Args:
+        path: take this file. Default: look for one.
+        allow_unpinned: download also where this package knows no SHA-256 to check the file against. Default: False.
+
+    Raises:
+        FileNotFoundError: a file that was named is missing, or none was found; the message says the three ways.
+        ValueError: the download has no pinned hash or another one than pinned; the message says its hash.
+    """
+    for source, given in (('--timm-script', path), ('TIMM_TRAIN_SCRIPT', os.environ.get('TIMM_TRAIN_SCRIPT'))):
+        if given:
+            if not Path(given).is_file():
+                raise FileNotFoundError(f'{source}: no file {given}. {_THREE_WAYS}')
+            return Path(given)
+    for folder in (Path.cwd(), Path.cwd().parent):
+        script = folder / 'pytorch-image-models' / 'train.py'
+        if script.is_file():
+            return script
+    return _download(allow_unpinned)
+
+
+def _download(allow_unpinned: bool) -> Path:
+    tag = TAGS.get(timm.__version__, f'v{timm.__version__}')
+    script = cache_dir() / f'timm-train-{tag}.py'
+    if script.is_file() and _check(script, tag, allow_unpinned):
+        return script
+    script.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=script.parent) as folder:
+        temp = Path(folder, script.name)
+        try:
+            torch.hub.download_url_to_file(URL.format(tag=tag), str(temp), progress=False)
+        except OSError as e:
+            raise FileNotFoundError(f'{URL.format(tag=tag)}: {e}. {_THREE_WAYS}') from e
+        if not _check(temp, tag, allow_unpinned):
+            raise ValueError(f'{URL.format(tag=tag)}: SHA-256 is {_sha256(temp)}, pinned is {PINNED[tag]}; not used')
+        os.replace(temp, script)
+    return script
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check(script: Path, tag: str, allow_unpinned: bool) -> bool:
+    """Whether the file is the pinned one. Where none is pinned: allowed and logged, or refused."""
+    if tag in PINNED:
+        return _sha256(script) == PINNED[tag]
+    if not allow_unpinned:
+        raise ValueError(
+            f'train.py of timm {tag} has no pinned SHA-256; this file has {_sha256(script)}. Read it, then'
+            f' --allow-unpinned-script runs it, or --timm-script PATH a file of your own'
+        )
+    _logger.warning(f'running an unpinned train.py of timm {tag}, SHA-256 {_sha256(script)}')
+    return True
+
+
+def load_train_script(script: Path) -> ModuleType:
+    """Import train.py as the module `timm_train`; its main() is not run."""
+    spec = importlib.util.spec_from_file_location('timm_train', script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where unpickling in loader workers looks its names up
+    spec.loader.exec_module(module)
+    return module

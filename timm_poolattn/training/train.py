@@ -1,0 +1,188 @@
+"""Running timm's train.py with our models, loader and task. Whatever it does besides is timm's own."""
+
+import csv
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from timm.data.random_erasing import RandomErasing
+from timm.models import safe_model_name
+
+from .. import __version__
+from ..data import ResidentDataset, ResidentLoader, load_images
+from .task import PenaltyTask
+from .timm_script import find_train_script, load_train_script
+
+_logger = logging.getLogger(__name__)
+
+#: Options of train.py that need timm's own loader: images one by one, or other sizes.
+_NEED_TIMM_LOADER = (
+    *('aa', 'aug_splits', 'aug_repeats', 'epoch_repeats', 'naflex_loader', 'train_crop_mode', 'class_map'),
+    *('train_num_samples', 'val_num_samples', 'vflip', 'grayscale_prob', 'gaussian_blur_prob', 'tta'),
+)
+
+
+def train(
+    argv: Sequence[str],
+    *,
+    timm_script: str | Path | None = None,
+    allow_unpinned: bool = False,
+    resident: bool = True,
+    crop_padding: int | None = None,
+    penalty_weight: float = 0.1,
+) -> Path:
+    """Run timm's train.py; returns its output folder.
+
+    Args:
+        argv: arguments of train.py.
+        timm_script: the train.py to run. Default: found by `find_train_script`.
+        allow_unpinned: see `find_train_script`. Default: False.
+        resident: hold the data on the training device and augment whole batches there. Default: True. Options of
+            train.py that need images one by one fall back to timm's loader, with one line that says so.
+        crop_padding: see `ResidentLoader`. Default: an eighth of the image's side.
+        penalty_weight: eta of `PenaltyTask`. Default: 0.1.
+
+    The output folder gets, beside what timm writes, `run.json`: arguments, versions, hardware and wall time.
+
+    Raises:
+        FileNotFoundError, ValueError: as `find_train_script` and `load_images`.
+    """
+    module = load_train_script(find_train_script(timm_script, allow_unpinned=allow_unpinned))
+    if not torch.cuda.is_available():
+        module.parser.set_defaults(device='cpu')  # timm's default is cuda
+    argv_before, sys.argv = sys.argv, ['train.py', *argv]
+    try:
+        args, args_text = module._parse_args()
+        args.experiment = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
+        module._parse_args = lambda: (args, args_text)
+        module.ClassificationTask = partial(PenaltyTask, penalty_weight=penalty_weight)
+        module.train_one_epoch = _with_epoch_metrics(module.train_one_epoch)
+        if resident and _can_be_resident(args):
+            module.create_dataset = create_resident_dataset
+            module.create_loader = partial(create_resident_loader, crop_padding=crop_padding)
+        start = time.time()
+        module.main()
+    finally:
+        sys.argv = argv_before
+    output = Path(args.output or './output/train', args.experiment)
+    if int(os.environ.get('RANK', 0)) == 0:
+        options = dict(resident=resident, crop_padding=crop_padding, penalty_weight=penalty_weight)
+        _write_run(output, argv, options, args, time.time() - start)
+    return output
+
+
+def _can_be_resident(args) -> bool:
+    need = [f'--{o.replace("_", "-")}' for o in _NEED_TIMM_LOADER if getattr(args, o, None)]
+    if args.dataset not in ('', 'torch/cifar10', 'torch/cifar100'):
+        need.append(f'--dataset {args.dataset}')
+    if need:
+        _logger.warning(f"training with timm's own loader, which {', '.join(need)} needs")
+    return not need
+
+
+def create_resident_dataset(
+    name: str,
+    root: str | None = None,
+    split: str = 'validation',
+    download: bool = False,
+    seed: int = 42,
+    input_img_mode: str = 'RGB',
+    **_,
+) -> ResidentDataset:
+    """In place of timm.data.create_dataset."""
+    if not root:
+        raise ValueError('where are the images? --data-dir names a folder, a tar file, or the root of --dataset')
+    return ResidentDataset(load_images(root, split, name=name, download=download, img_mode=input_img_mode), seed)
+
+
+def create_resident_loader(
+    dataset: ResidentDataset,
+    input_size: Sequence[int],
+    batch_size: int,
+    is_training: bool = False,
+    no_aug: bool = False,
+    re_prob: float = 0.0,
+    re_mode: str = 'const',
+    re_count: int = 1,
+    hflip: float = 0.5,
+    distributed: bool = False,
+    collate_fn: Any = None,
+    crop_padding: int | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    img_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = 'cpu',
+    **_,
+) -> ResidentLoader:
+    """In place of timm.data.create_loader. `collate_fn`, which train.py gives only for it, is timm's mixup."""
+    erase = RandomErasing(re_prob, mode=re_mode, max_count=re_count, device=device) if re_prob and is_training else None
+    loader = ResidentLoader(
+        dataset,
+        input_size,
+        batch_size,
+        is_training=is_training,
+        mean=mean,
+        std=std,
+        img_dtype=img_dtype,
+        device=device,
+        crop_padding=0 if no_aug else crop_padding,
+        hflip=0.0 if no_aug else hflip,
+        random_erasing=None if no_aug else erase,
+        mixup=collate_fn,
+        rank=torch.distributed.get_rank() if distributed else 0,
+        world_size=torch.distributed.get_world_size() if distributed else 1,
+    )
+    if is_training:
+        _logger.info(
+            f'{len(dataset)} images held on {device}: random crop with padding {loader.crop_padding},'
+            f' flip {loader.hflip}; --scale, --ratio and --color-jitter do not apply'
+        )
+    return loader
+
+
+def _with_epoch_metrics(train_one_epoch):
+    def wrapped(epoch: int, *args, task: PenaltyTask, **kwargs):
+        metrics = train_one_epoch(epoch, *args, task=task, **kwargs)
+        extra = task.epoch_metrics() if isinstance(task, PenaltyTask) else {}
+        if extra:
+            _logger.info(f'Train: {epoch} ' + '  '.join(f'{name}: {value:.4f}' for name, value in extra.items()))
+        metrics.update(extra)
+        return metrics
+
+    return wrapped
+
+
+def _write_run(output: Path, argv: Sequence[str], options: dict[str, Any], args, seconds: float) -> None:
+    device = torch.cuda.get_device_name() if str(args.device).startswith('cuda') else f'{os.cpu_count()} CPU cores'
+    run = dict(
+        argv=list(argv),
+        options=options,
+        seed=args.seed,
+        versions=dict(
+            timm_poolattn=__version__,
+            timm=timm.__version__,
+            torch=torch.__version__,
+            torchvision=torchvision.__version__,
+            python=platform.python_version(),
+        ),
+        hardware=f'{device} ({platform.machine()})',
+        wall_time_s=round(seconds),
+    )
+    temp = output / 'run.json.tmp'
+    temp.write_text(json.dumps(run, indent=2) + '\n')
+    os.replace(temp, output / 'run.json')
+    with open(output / 'summary.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    last = '  '.join(f'{name}: {float(value):.4g}' for name, value in rows[-1].items()) if rows else 'no epoch ended'
+    print(f'trained {args.model} in {seconds:.0f} s -> {output}  ({last})')
