@@ -1,21 +1,119 @@
 """`poolattn`: each command calls a function of the package that a notebook can call too."""
 
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import click
 
 from . import __version__
 
 
-@click.group(context_settings=dict(help_option_names=['-h', '--help']))
+class _Error(click.ClickException):
+    exit_code = 2
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except (FileNotFoundError, ValueError) as e:  # what the package raises for its user's mistakes
+            raise _Error(str(e)) from e
+
+
+json_option = click.option('--json', 'as_json', is_flag=True, help='Print JSON.')
+device_option = click.option('--device', help='Default: cuda where there is one, else cpu.')
+
+
+def _default_device(device: str | None) -> str:
+    import torch
+
+    return device or ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+@click.group(cls=_Group, context_settings=dict(help_option_names=['-h', '--help']))
 @click.version_option(__version__)
 def main() -> None:
-    """Pooling-based attention for timm: list, predict, validate, train, release."""
+    """Pooling-based attention for timm."""
 
 
-@main.command(context_settings=dict(ignore_unknown_options=True, allow_extra_args=True))
+@main.command('list')
+@click.argument('filter', default='')
+@json_option
+def list_(filter: str, as_json: bool) -> None:
+    """List models: gate, parameters, and top-1 accuracy where trained. FILTER is a name or a pattern: '*_saam'."""
+    from .catalog import list_models
+
+    rows = list_models(filter)
+    if not rows:
+        raise _Error(f"no model matches {filter!r}; try `poolattn list '*{filter.strip('*')}*'`")
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    click.echo(f'{"model":<28}{"gate":<7}{"parameters":>12}  top-1 (%)')
+    for row in rows:
+        accuracy = '  '.join(f'{tag} {top1:.2f}' for tag, top1 in row['top1'].items())
+        click.echo(f'{row["model"]:<28}{row["gate"] or "-":<7}{row["parameters"]:>12,}  {accuracy}'.rstrip())
+
+
+@main.command()
+@click.argument('images', nargs=-1, type=click.Path())
+@click.option('--model', 'name', default='resnet20_saam', show_default=True, help="A name with weights, or timm's.")
+@click.option('--topk', type=click.IntRange(1), default=5, show_default=True)
+@click.option('--demo', is_flag=True, help="Classify scikit-image's photo of a cat (the `demo` extra).")
+@json_option
+def predict(images, name: str, topk: int, demo: bool, as_json: bool) -> None:
+    """Classify IMAGES, of any size and mode."""
+    if demo:
+        skimage = find_spec('skimage')
+        if skimage is None:
+            raise _Error("--demo takes its photo from scikit-image: pip install 'timm_poolattn[demo]'")
+        images = (*images, Path(skimage.origin).parent / 'data' / 'chelsea.png')
+    if not images:
+        raise _Error('no image given; `poolattn predict --demo` has one')
+    from .inference import load_pretrained, predict
+
+    results = predict(load_pretrained(name), images, topk)
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+        return
+    for result in results:
+        click.echo(result['image'])
+        for p in result['predictions']:
+            click.echo(f'  {p["probability"]:7.2%}  {p["label"]}')
+
+
+@main.command()
+@click.option('--model', 'name', required=True, help="A name with weights, or timm's hf-hub:REPO or local-dir:FOLDER.")
+@click.option('--data-dir', required=True, type=click.Path(), help="A folder or tar by class, or --dataset's root.")
+@click.option('--dataset', default='', help='torch/cifar10 or torch/cifar100. Default: a folder or a tar.')
+@click.option('--split', default='test', show_default=True)
+@click.option('--batch-size', type=click.IntRange(1), default=500, show_default=True)
+@device_option
+@json_option
+def validate(name, data_dir, dataset, split, batch_size, device, as_json: bool) -> None:
+    """Accuracy of a trained model on a data set."""
+    from .data import load_images
+    from .inference import evaluate, load_pretrained
+
+    model = load_pretrained(name)
+    data = load_images(data_dir, split, name=dataset, img_mode='L' if model.in_chans == 1 else 'RGB')
+    result = dict(model=name, **evaluate(model, data, batch_size=batch_size, device=_default_device(device)))
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        click.echo(
+            f'{name}: top-1 {result["top1"]:.2f}%  top-5 {result["top5"]:.2f}%  loss {result["loss"]:.4f}'
+            f'  on {result["images"]} images'
+        )
+
+
+@main.command(context_settings=dict(ignore_unknown_options=True, allow_extra_args=True, allow_interspersed_args=True))
 @click.option('--timm-script', type=click.Path(), help="timm's train.py. Default: $TIMM_TRAIN_SCRIPT, or found.")
 @click.option('--allow-unpinned-script', is_flag=True, help='Run a downloaded train.py without a pinned SHA-256.')
 @click.option('--resident/--no-resident', default=True, help="Hold the data on the device, or use timm's loader.")
-@click.option('--crop-padding', type=click.IntRange(0), help="Of the random crop. Default: an eighth of the side.")
+@click.option('--crop-padding', type=click.IntRange(0), help='Of the random crop. Default: an eighth of the side.')
 @click.option('--penalty-weight', type=float, default=0.1, show_default=True, help='eta of the SPEM penalty.')
 @click.argument('timm_args', nargs=-1, type=click.UNPROCESSED)
 def train(timm_args, timm_script, allow_unpinned_script, **options) -> None:
@@ -25,5 +123,27 @@ def train(timm_args, timm_script, allow_unpinned_script, **options) -> None:
     train(timm_args, timm_script=timm_script, allow_unpinned=allow_unpinned_script, **options)
 
 
+@main.command()
+@click.argument('run_dir', type=click.Path())
+@click.option('--tag', required=True, help='The training data: cifar10, cifar100, ...')
+@click.option('--data-dir', type=click.Path(), help="The data to evaluate on. Default: the run's.")
+@click.option('--out', type=click.Path(path_type=Path), help='Default: hub_configs/ of the checkout.')
+def release(run_dir, tag, data_dir, out) -> None:
+    """Lay out a release folder from RUN_DIR, the output folder of `poolattn train`."""
+    from .hub import release
+
+    click.echo(f'released {release(run_dir, tag, data_dir=data_dir, out=out)}')
+
+
+@main.command()
+@click.argument('path', type=click.Path(path_type=Path), default='README.md')
+def readme(path: Path) -> None:
+    """Write the model table into README.md, from the results files of hub_configs."""
+    from .catalog import write_table
+
+    write_table(path)
+    click.echo(f'wrote the model table of {path}')
+
+
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

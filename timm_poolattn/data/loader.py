@@ -78,7 +78,7 @@ class ResidentLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        n, h, w, c = dataset.data.images.shape
+        h, w, c = dataset.data.images.shape[1:]
         if tuple(input_size) != (c, h, w):
             raise ValueError(
                 f'the images are {c}x{h}x{w} and the model wants {"x".join(map(str, input_size))};'

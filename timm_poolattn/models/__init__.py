@@ -1,3 +1,7 @@
+from ._cfg import DATASETS, hub_configs_dir, released
 from .cifar_resnet import CifarResNet
 
-__all__ = ['CifarResNet']
+#: Modules of models, as timm.list_models(module=...) names them.
+FAMILIES = ('cifar_resnet',)
+
+__all__ = ['DATASETS', 'FAMILIES', 'CifarResNet', 'hub_configs_dir', 'released']

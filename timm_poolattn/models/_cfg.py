@@ -48,7 +48,7 @@ def read_default_cfgs(archs: Iterable[str], **cfg) -> dict[str, Any]:
             cfgs[name] = dict(interpolation='bicubic', crop_pct=1.0, **dataset, **cfg)
             if name in folders:
                 config = json.loads((folders[name] / 'config.json').read_text())
-                cfgs[name].update(config['pretrained_cfg'])
+                cfgs[name].update(config['pretrained_cfg'], label_names=tuple(config['label_names']))
                 weights = folders[name] / 'model.safetensors'
                 if weights.is_file():
                     cfgs[name]['file'] = str(weights)

@@ -6,7 +6,7 @@ linear layer in all of them; what differs is in `FLAVOURS`, and which blocks a d
 
 import re
 from dataclasses import dataclass
-from functools import partial
+
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ BLOCKS = {'basic': BasicBlock, 'bottleneck': Bottleneck}
 class Stage(nn.Module):
     """Blocks of one width, and the first block's shortcut, which matches the stage's input to its output in shape.
 
-    With FA, blocks 1 ... n-1 carry a gate (`block.fa`), and so does the stage itself (`self.fa`) unless it is the first.
+    With FA, blocks 1 ... n-1 carry a gate (`block.fa`), and so do all stages but the first (`self.fa`).
     """
 
     def __init__(

@@ -31,6 +31,8 @@ _NEED_TIMM_LOADER = (
     *('aa', 'aug_splits', 'aug_repeats', 'epoch_repeats', 'naflex_loader', 'train_crop_mode', 'class_map'),
     *('train_num_samples', 'val_num_samples', 'vflip', 'grayscale_prob', 'gaussian_blur_prob', 'tta'),
 )
+#: Arguments that say where something lies on one machine, not what was trained.
+_PLACES = ('data', 'data_dir', 'output', 'experiment', 'resume', 'initial_checkpoint', 'device', 'workers', 'pin_mem')
 
 
 def train(
@@ -53,7 +55,8 @@ def train(
         crop_padding: see `ResidentLoader`. Default: an eighth of the image's side.
         penalty_weight: eta of `PenaltyTask`. Default: 0.1.
 
-    The output folder gets, beside what timm writes, `run.json`: arguments, versions, hardware and wall time.
+    The output folder gets, beside what timm writes, `run.json`: the arguments that are not
+    train.py's defaults, seed, versions, hardware and wall time.
 
     Raises:
         FileNotFoundError, ValueError: as `find_train_script` and `load_images`.
@@ -61,9 +64,11 @@ def train(
     module = load_train_script(find_train_script(timm_script, allow_unpinned=allow_unpinned))
     if not torch.cuda.is_available():
         module.parser.set_defaults(device='cpu')  # timm's default is cuda
+    defaults = vars(module.parser.parse_args([]))
     argv_before, sys.argv = sys.argv, ['train.py', *argv]
     try:
         args, args_text = module._parse_args()
+        arguments = {k: v for k, v in vars(args).items() if v != defaults.get(k) and k not in _PLACES}
         args.experiment = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
         module._parse_args = lambda: (args, args_text)
         module.ClassificationTask = partial(PenaltyTask, penalty_weight=penalty_weight)
@@ -78,7 +83,7 @@ def train(
     output = Path(args.output or './output/train', args.experiment)
     if int(os.environ.get('RANK', 0)) == 0:
         options = dict(resident=resident, crop_padding=crop_padding, penalty_weight=penalty_weight)
-        _write_run(output, argv, options, args, time.time() - start)
+        _write_run(output, args, dict(arguments=arguments, options=options), time.time() - start)
     return output
 
 
@@ -163,11 +168,9 @@ def _with_epoch_metrics(train_one_epoch):
     return wrapped
 
 
-def _write_run(output: Path, argv: Sequence[str], options: dict[str, Any], args, seconds: float) -> None:
+def _write_run(output: Path, args, run: dict[str, Any], seconds: float) -> None:
     device = torch.cuda.get_device_name() if str(args.device).startswith('cuda') else f'{os.cpu_count()} CPU cores'
-    run = dict(
-        argv=list(argv),
-        options=options,
+    run.update(
         seed=args.seed,
         versions=dict(
             timm_poolattn=__version__,

@@ -1,0 +1,52 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import timm_poolattn  # noqa: F401  registers the models
+from timm_poolattn.training import find_train_script
+
+os.environ['HF_HUB_OFFLINE'] = '1'  # no test reaches for a network
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('TIMM_POOLATTN_CACHE', str(tmp_path / 'cache'))
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def cifar10_mini() -> Path:
+    """2,000 training and 1,000 test images of CIFAR-10 as a tar, where they are at hand."""
+    path = Path(__file__).parents[2] / 'shared' / 'data' / 'cifar10-mini.tar'
+    if not path.is_file():
+        pytest.skip(f'no {path.name} in {path.parent.parent.name}/{path.parent.name} beside the checkout')
+    return path
+
+
+@pytest.fixture(scope='session')
+def train_script() -> Path:
+    """timm's train.py, where it is at hand."""
+    script = os.environ.get('TIMM_TRAIN_SCRIPT')
+    checkouts = [p / 'pytorch-image-models' / 'train.py' for p in Path(__file__).parents[1:3]]
+    for path in [Path(script)] if script else checkouts:
+        if path.is_file():
+            return find_train_script(path)
+    pytest.skip("timm's train.py is not at hand: set TIMM_TRAIN_SCRIPT, or put a checkout beside this one")
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """A data set of two classes, eight training and four test images a class, 32x32: cats dark, dogs bright."""
+    root = tmp_path / 'pets'
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (('train', 8), ('test', 4)):
+        for class_name, low in (('cat', 0), ('dog', 128)):
+            folder = root / split / class_name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(low, low + 128, (32, 32, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f'{i}.png')
+    return root

@@ -1,0 +1,165 @@
+"""What every gate must do besides its equation: timm's contract, shapes, dtypes, memory formats, errors."""
+
+import pytest
+import timm
+import torch
+
+from timm_poolattn.layers import GATES, SAAM, SPEM, FocusAssociation, create_gate, fa_weight
+
+OURS = ['spem', 'saam', 'saam4', 'srm', 'sge', 'cbam']
+
+
+@pytest.mark.parametrize('name', GATES)
+@pytest.mark.parametrize('size', [(1, 1), (1, 7), (5, 3), (32, 32)])
+@pytest.mark.parametrize('batch', [1, 3])
+def test_shape(name, size, batch):
+    gate = create_gate(name, 16).eval()
+    x = torch.randn(batch, 16, *size)
+    y = gate(x)
+    assert y.shape == x.shape and y.isfinite().all()
+    # the gate scales: with factors in (0, 1) all of these
+    assert (y.abs() <= x.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize('name', GATES)
+@pytest.mark.parametrize('size', [(1, 1), (5, 3)])
+def test_gradient_is_finite(name, size):
+    gate = create_gate(name, 16)
+    x = torch.randn(3, 16, *size, requires_grad=True)
+    gate(x).square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in gate.parameters())
+
+
+@pytest.mark.parametrize('name', GATES)
+def test_channels_last(name):
+    gate = create_gate(name, 16).eval()
+    x = torch.randn(2, 16, 6, 5)
+    y = gate(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(y, gate(x))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('name', GATES)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(name, dtype):
+    gate = create_gate(name, 16).eval()
+    x = torch.randn(2, 16, 6, 5)
+    with torch.autocast('cpu', dtype=dtype):
+        y = gate(x.to(dtype))
+    if name in OURS or name == 'saam2':
+        assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), gate(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize('name', GATES)
+def test_factory_kwargs(name):
+    gate = create_gate(name, 16, device='meta', dtype=torch.float64)
+    assert all(p.is_meta and p.dtype == torch.float64 for p in gate.parameters())
+
+
+@pytest.mark.parametrize('name', GATES)
+def test_script_and_fx(name):
+    gate = create_gate(name, 16).eval()
+    x = torch.randn(2, 16, 6, 5)
+    torch.testing.assert_close(torch.jit.script(gate)(x), gate(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(gate)(x), gate(x))
+
+
+@pytest.mark.parametrize('name', OURS)
+def test_wrong_channels_are_named(name):
+    with pytest.raises(AssertionError, match=r'16 channels.* 12'):
+        create_gate(name, 16)(torch.randn(2, 12, 4, 4))
+
+
+@pytest.mark.parametrize('attn_layer', [SPEM, SAAM])
+def test_as_attn_layer_of_timm(attn_layer):
+    plain = timm.create_model('resnet18')
+    model = timm.create_model('resnet18', block_args=dict(attn_layer=attn_layer))
+    gates = [m for m in model.modules() if isinstance(m, attn_layer)]
+    assert len(gates) == 8 and [g.channels for g in gates] == [64, 64, 128, 128, 256, 256, 512, 512]
+    added = sum(4 * g.channels + 2 if attn_layer is SPEM else g.channels**2 // 2 + 25 for g in gates)
+    count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
+    assert count(model) == count(plain) + added
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(p.grad is not None for g in gates for p in g.parameters())
+
+
+@pytest.mark.parametrize('paths', [1, 2, 4])
+def test_score_map_is_a_distribution(paths):
+    v = SAAM(16, paths=paths).score_map(torch.randn(3, 16, 7, 5))
+    assert v.shape == (3, paths, 7, 5) and (v >= 0).all()
+    torch.testing.assert_close(v.sum((2, 3)), torch.ones(3, paths))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_saam_with_large_scores(dtype):
+    gate = SAAM(16, dtype=dtype)
+    torch.nn.init.constant_(gate.conv.weight, 30.0)
+    x = torch.randn(2, 16, 6, 5).mul(1000).to(dtype)
+    x[:, :, 2, 3] = 20000  # in float16 the scores around it overflow
+    v = gate.score_map(x)
+    assert v.isfinite().all()
+    torch.testing.assert_close(v.float().sum((2, 3)), torch.ones(2, 1), atol=0.02, rtol=0)
+    assert gate(x).isfinite().all()
+
+
+def test_penalty_and_lambda():
+    gate = SPEM(8)
+    assert gate.penalty().item() == 0.5 and gate.pool_lambda().item() == 0.5
+    with torch.no_grad():
+        gate.p.copy_(torch.tensor([3.0, 1.0]))
+    assert gate.penalty().item() == 10 and gate.pool_lambda().item() == pytest.approx(0.9)
+    gate.penalty().backward()
+    assert gate.p.grad.tolist() == [6, 2]
+    fixed = SPEM(8, fixed_lambda=0.3)
+    assert fixed.penalty().item() == 0 and fixed.pool_lambda().item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    'kwargs, parameters',
+    [
+        (dict(), 4 * 64 + 2),
+        (dict(reweight='unshared'), 6 * 64 + 2),
+        (dict(reweight='none'), 2 * 64 + 2),
+        (dict(reweight='public'), 4 * 64 + 2),
+        (dict(fixed_lambda=0.5), 4 * 64),
+    ],
+)
+def test_spem_parameters(kwargs, parameters):
+    assert sum(p.numel() for p in SPEM(64, **kwargs).parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    'make, message',
+    [
+        (lambda: SPEM(8, fixed_lambda=1.5), r'fixed_lambda=1.5 must lie in \[0, 1\]'),
+        (lambda: SPEM(8, reweight='h'), "unknown reweight='h'; choose from sum"),
+        (lambda: SAAM(8, kernel_size=4), 'kernel_size=4 must be odd'),
+        (lambda: SAAM(8, paths=0), 'paths=0 must be at least 1'),
+        (lambda: create_gate('sge', 12), 'groups=8 must divide channels=12'),
+        (lambda: create_gate('see', 12), "unknown gate 'see'; choose from se"),
+        (lambda: FocusAssociation(8, 0), 'index=0 must be at least 1'),
+    ],
+)
+def test_constructor_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_focus_association_takes_the_earlier_k():
+    first, third = FocusAssociation(8, 1), FocusAssociation(8, 3)
+    x = torch.randn(2, 8, 4, 4)
+    assert first.association is None and first(x, []).equal(first.focus(x))  # Eq. 4
+    ks = [torch.rand(2, 1), torch.rand(2, 1)]
+    torch.testing.assert_close(third(x, ks), third.association(torch.cat([*ks, third.focus(x)], dim=1)))  # Eq. 2
+    with pytest.raises(AssertionError, match='i - 1 earlier k'):
+        third(x, ks[:1])
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_fa_autocast(dtype):
+    gate = FocusAssociation(8, 1)
+    x, u = torch.randn(2, 8, 4, 4).to(dtype), torch.randn(2, 8, 4, 4).to(dtype)
+    with torch.autocast('cpu', dtype=dtype):
+        assert fa_weight(x, u, gate(x, [])).dtype == dtype

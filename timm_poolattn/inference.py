@@ -1,0 +1,116 @@
+"""Using trained models: load by name, classify images, measure accuracy on a data set."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from timm.data import create_transform, resolve_data_config
+from timm.utils import AverageMeter, accuracy
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from .data import ImageData, ResidentDataset, ResidentLoader
+from .models import FAMILIES
+
+
+def load_pretrained(name: str) -> nn.Module:
+    """timm.create_model(name, pretrained=True) in evaluation mode.
+
+    Raises:
+        ValueError: no such model (the message names the nearest), or one without weights (it names those with).
+    """
+    if ':' not in name:  # hf-hub:..., local-dir:... are timm's to resolve
+        arch, _, tag = name.partition('.')
+        known = timm.list_models(include_tags=bool(tag))
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            raise ValueError(
+                f'unknown model {name!r}; nearest: {", ".join(near) or "none"}. `poolattn list` shows ours'
+            )
+        if not timm.models.is_model_pretrained(name):
+            trained = timm.list_pretrained(f'{arch}*') or timm.list_models(module=FAMILIES, pretrained=True)
+            raise ValueError(f'{name} has no weights yet; with weights: {", ".join(trained) or "none"}')
+    return timm.create_model(name, pretrained=True).eval()
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, paths: Iterable[str | Path], topk: int = 5) -> list[dict[str, Any]]:
+    """Classify image files of any size and mode, resized as the model's config says.
+
+    Args:
+        model: in evaluation mode.
+        paths: image files.
+        topk: how many classes to return. Default: 5.
+
+    Returns:
+        For each image `image` (its path) and `predictions`, most probable first: `label` and `probability`.
+
+    Raises:
+        FileNotFoundError: a missing file.
+        ValueError: a file that is not an image.
+    """
+    config = resolve_data_config(model=model)
+    transform = create_transform(**config)
+    labels = model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)]
+    results = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image).convert('L' if config['input_size'][0] == 1 else 'RGB')
+        except FileNotFoundError:
+            raise FileNotFoundError(f'{path}: no such file') from None
+        except (UnidentifiedImageError, OSError) as e:
+            reason = 'not an image' if isinstance(e, UnidentifiedImageError) else e
+            raise ValueError(f'{path}: cannot be read as an image ({reason})') from e
+        probabilities = model(transform(image).unsqueeze(0)).float().softmax(1)[0]
+        top = probabilities.topk(min(topk, len(probabilities)))
+        predictions = [
+            dict(label=labels[i], probability=p) for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        ]
+        results.append(dict(image=str(path), predictions=predictions))
+    return results
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, data: ImageData, *, batch_size: int = 500, device: torch.device | str = 'cpu'
+) -> dict[str, float]:
+    """Accuracy on every image of `data`, single view, in the images' own size.
+
+    Args:
+        model: Put into evaluation mode and moved to `device`.
+        data: as `load_images` reads it.
+        batch_size: Default: 500.
+        device: Default: 'cpu'.
+
+    Returns:
+        `top1` and `top5` in %, `loss` (mean cross entropy), `images` (their number).
+
+    Raises:
+        ValueError: the data has another image size than the model, or classes that the model does not know.
+    """
+    labels = list(model.pretrained_cfg.get('label_names') or data.classes)
+    unknown = [name for name in data.classes if name not in labels[: model.num_classes]]
+    if unknown:
+        raise ValueError(f'the model was not trained on the classes {", ".join(unknown[:5])}; it knows {len(labels)}')
+    index = torch.tensor([labels.index(name) for name in data.classes])  # the data may hold a few of the classes only
+    data = replace(data, targets=index[data.targets])
+    config = resolve_data_config(model=model)
+    statistics = dict(mean=config['mean'], std=config['std'])
+    loader = ResidentLoader(
+        ResidentDataset(data), config['input_size'], batch_size, is_training=False, device=device, **statistics
+    )
+    model.to(device).eval()
+    top1, top5, loss = AverageMeter(), AverageMeter(), AverageMeter()
+    for input, target in tqdm(loader, desc='evaluating', unit='batch', delay=1):
+        output = model(input)
+        acc1, acc5 = accuracy(output, target, topk=(1, 5))
+        for meter, value in ((top1, acc1), (top5, acc5), (loss, F.cross_entropy(output, target))):
+            meter.update(value.item(), len(target))
+    return dict(top1=round(top1.avg, 4), top5=round(top5.avg, 4), loss=round(loss.avg, 6), images=len(data))
