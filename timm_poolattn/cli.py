@@ -2,6 +2,7 @@
 
 import json
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,12 +15,21 @@ class _Error(click.ClickException):
     exit_code = 2
 
 
+def _raised_by_us(e: Exception) -> bool:
+    *_, (frame, _) = traceback.walk_tb(e.__traceback__)
+    return frame.f_globals['__name__'].startswith(__package__)
+
+
 class _Group(click.Group):
     def invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
-        except (FileNotFoundError, ValueError) as e:  # what the package raises for its user's mistakes
+        except FileNotFoundError as e:
             raise _Error(str(e)) from e
+        except ValueError as e:
+            if _raised_by_us(e):  # for a mistake of the user; any other is a defect and keeps its traceback
+                raise _Error(str(e)) from e
+            raise
 
 
 json_option = click.option('--json', 'as_json', is_flag=True, help='Print JSON.')
@@ -143,6 +153,28 @@ def readme(path: Path) -> None:
 
     write_table(path)
     click.echo(f'wrote the model table of {path}')
+
+
+@main.group()
+def bench() -> None:
+    """Measure; every figure is a median of one run."""
+
+
+@bench.command('import')
+@click.option('--runs', type=click.IntRange(1), default=5, show_default=True)
+@json_option
+def bench_import(runs: int, as_json: bool) -> None:
+    """What importing timm_poolattn adds to importing timm."""
+    from .bench import bench_import
+
+    result = bench_import(runs)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        click.echo(
+            f'import timm {result["timm_ms"]:.0f} ms, import timm_poolattn after it'
+            f' {result["timm_poolattn_ms"]:.0f} ms (x{result["ratio"]:.3f}); medians of {runs} processes'
+        )
 
 
 if __name__ == '__main__':

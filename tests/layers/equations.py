@@ -1,4 +1,5 @@
 """The papers' equations in float64, one sample, channel and position at a time, as printed."""
+# ruff: noqa: B023  (the functions of a table are called where they are made)
 
 import torch
 

@@ -6,7 +6,6 @@ linear layer in all of them; what differs is in `FLAVOURS`, and which blocks a d
 
 import re
 from dataclasses import dataclass
-
 from typing import Any
 
 import torch
@@ -305,7 +304,7 @@ class CifarResNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regex patterns of parameter groups, by stage where `coarse`, else by block."""
-        blocks = [(r'^stages\.(\d+)\.blocks\.(\d+)', None), (r'^stages\.(\d+)\.(shortcut|fa)', (0,))]
+        blocks = [(r'^stages\.(\d+)\.blocks\.(\d+)', None), (r'^stages\.(\d+)\.(?:shortcut|fa)', (0,))]
         return dict(stem=r'^conv1|bn1', blocks=r'^stages\.(\d+)' if coarse else blocks)
 
     @torch.jit.ignore

@@ -25,6 +25,10 @@ class PenaltyTask(ClassificationTask):
         self.penalty_weight = penalty_weight
         self.gates = [m for m in model.modules() if hasattr(m, 'penalty')]  # a list, so that they stay the model's
 
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'PenaltyTask':
+        # train.py names its device always, and DDP refuses any name on a CPU
+        return super().prepare_distributed(device_ids if self.device.type != 'cpu' else None, **ddp_kwargs)
+
     def penalty(self) -> torch.Tensor:
         """Sum of the gates' penalties, a scalar without its eta."""
         return torch.stack([gate.penalty() for gate in self.gates]).sum()

@@ -1,0 +1,138 @@
+import pytest
+import torch
+from timm.data import FastCollateMixup, Mixup
+from timm.data.random_erasing import RandomErasing
+
+from timm_poolattn.data import ImageData, ResidentDataset, ResidentLoader
+
+STATS = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+
+
+def dataset(n=50, size=8, seed=42):
+    """Image i has the value i everywhere but in its top row, where it is its column, so that shifts and flips show."""
+    images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, size, size, 3).contiguous()
+    images[:, 0] = torch.arange(100, 100 + size, dtype=torch.uint8).view(1, size, 1)
+    return ResidentDataset(ImageData(images, torch.arange(n), [str(i) for i in range(n)]), seed)
+
+
+def loader(data=None, batch_size=10, is_training=True, **kwargs):
+    return ResidentLoader(data or dataset(), (3, 8, 8), batch_size, is_training=is_training, **STATS, **kwargs)
+
+
+def pixels(input):
+    """Undo the normalisation."""
+    return (input * torch.tensor(STATS['std']).view(3, 1, 1) + torch.tensor(STATS['mean']).view(3, 1, 1)) * 255
+
+
+def test_evaluation_batches():
+    batches = list(loader(batch_size=20, is_training=False))
+    assert [len(t) for _, t in batches] == [20, 20, 10] and len(loader(batch_size=20, is_training=False)) == 3
+    input, target = torch.cat([x for x, _ in batches]), torch.cat([t for _, t in batches])
+    assert target.tolist() == list(range(50))
+    expected = dataset().data.images.permute(0, 3, 1, 2).double() / 255
+    mean, std = (torch.tensor(STATS[k], dtype=torch.double).view(3, 1, 1) for k in ('mean', 'std'))
+    torch.testing.assert_close(input.double(), (expected - mean) / std, rtol=1e-5, atol=1e-5)
+    assert input.is_contiguous(memory_format=torch.channels_last) and input.dtype == torch.float32
+
+
+def test_training_augmentation_is_crop_and_flip():
+    """Every training image is one of the 25 crops, flipped or not, of its zero-padded original; all of them occur."""
+    data = dataset()
+    originals = torch.nn.functional.pad(data.data.images.permute(0, 3, 1, 2), (2, 2, 2, 2))
+    seen = set()
+    for epoch in range(20):
+        data.set_epoch(epoch)
+        for input, target in loader(data, crop_padding=2):
+            for image, i in zip(pixels(input).round().to(torch.uint8), target.tolist(), strict=True):
+                found = [
+                    (y, x, flip)
+                    for y in range(5)
+                    for x in range(5)
+                    for flip in (False, True)
+                    if image.equal(
+                        originals[i, :, y : y + 8, x : x + 8].flip(2) if flip else originals[i, :, y : y + 8, x : x + 8]
+                    )
+                ]
+                assert found
+                seen.update(found)
+    assert len(seen) == 50
+
+
+def test_crop_padding_is_an_eighth_by_default():
+    assert loader().crop_padding == 1
+    assert loader(is_training=False).crop_padding == 0
+    big = ResidentLoader(dataset(size=32), (3, 32, 32), 10, is_training=True, **STATS)
+    assert big.crop_padding == 4
+    bigger = ResidentLoader(dataset(size=64), (3, 64, 64), 10, is_training=True, **STATS)
+    assert bigger.crop_padding == 8
+
+
+def test_no_augmentation():
+    for input, target in loader(crop_padding=0, hflip=0.0):
+        expected = dataset().data.images[target].permute(0, 3, 1, 2).float()
+        torch.testing.assert_close(pixels(input), expected, atol=1e-3, rtol=0)
+
+
+def test_an_epoch_is_every_image_once_in_a_new_order():
+    data = dataset()
+    orders = []
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        orders.append(torch.cat([t for _, t in loader(data)]).tolist())
+        assert sorted(orders[-1]) == list(range(50))
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_same_seed_and_epoch_same_batches():
+    def epoch(seed, epoch):
+        data = dataset(seed=seed)
+        data.set_epoch(epoch)
+        torch.rand(7)  # the global generator plays no part
+        return torch.cat([x for x, _ in loader(data)])
+
+    assert epoch(1, 3).equal(epoch(1, 3))
+    assert not epoch(1, 3).equal(epoch(2, 3)) and not epoch(1, 3).equal(epoch(1, 4))
+
+
+def test_incomplete_batches():
+    assert [len(t) for _, t in loader(batch_size=20)] == [20, 20]  # as timm's training loader
+    assert [len(t) for _, t in loader(batch_size=64)] == [50]  # a data set smaller than a batch still trains
+    assert len(loader(batch_size=20)) == 2 and len(loader(batch_size=64)) == 1
+
+
+@pytest.mark.parametrize('is_training', [True, False])
+def test_ranks_share_an_epoch(is_training):
+    shares = [
+        torch.cat([t for _, t in loader(batch_size=5, is_training=is_training, rank=r, world_size=4)]) for r in range(4)
+    ]
+    assert len({len(s) for s in shares}) == 1
+    every = torch.cat(shares).tolist()
+    if is_training:
+        assert len(set(every)) == len(every) == 40  # 12 each, in batches of 5: the incomplete ones are left out
+    else:
+        assert set(every) == set(range(50)) and len(every) == 52
+
+
+def test_dtype():
+    input, _ = next(iter(loader(img_dtype=torch.bfloat16)))
+    assert input.dtype == torch.bfloat16
+
+
+def test_random_erasing_and_mixup():
+    erase = RandomErasing(1.0, mode='const', device='cpu')
+    input, _ = next(iter(loader(random_erasing=erase)))
+    assert (input == 0).any()
+    for mixup in (Mixup, FastCollateMixup):
+        fn = mixup(mixup_alpha=1.0, num_classes=50, label_smoothing=0.0)
+        batches = loader(mixup=fn, hflip=0.0, crop_padding=0)
+        input, target = next(iter(batches))
+        assert target.shape == (10, 50)
+        torch.testing.assert_close(target.sum(1), torch.ones(10))
+        assert ((target > 0) & (target < 1)).any() and input.shape == (10, 3, 8, 8)
+        batches.mixup_enabled = False  # what train.py's --mixup-off-epoch does
+        assert next(iter(batches))[1].shape == (10,)
+
+
+def test_wrong_size_is_named():
+    with pytest.raises(ValueError, match=r'images are 3x8x8 and the model wants 3x32x32; give --input-size 3 8 8'):
+        ResidentLoader(dataset(), (3, 32, 32), 10, is_training=True, **STATS)

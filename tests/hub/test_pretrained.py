@@ -1,0 +1,108 @@
+"""Every release folder of the repository, used as its users will: by name, without a network."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from timm_poolattn.data import load_images
+from timm_poolattn.inference import evaluate, load_pretrained, predict
+from timm_poolattn.models import DATASETS, released
+from timm_poolattn.papers import model_args, table_rows
+
+RELEASED = released()
+EMBEDDED = ['resnet20_fa.cifar10', 'resnet20_saam.cifar10', 'resnet20_spem.cifar10']
+
+
+def test_the_embedded_models_are_there():
+    assert set(EMBEDDED) <= set(RELEASED)
+    assert set(EMBEDDED) <= set(timm.list_pretrained('resnet20*'))
+
+
+@pytest.mark.parametrize('name', RELEASED)
+class TestRelease:
+    def test_folder(self, name):
+        folder = RELEASED[name]
+        assert sorted(p.name for p in folder.iterdir()) == [
+            'README.md',
+            'config.json',
+            'model.safetensors',
+            'results.json',
+        ]
+        results = json.loads((folder / 'results.json').read_text())
+        config = json.loads((folder / 'config.json').read_text())
+        arch, _, tag = name.partition('.')
+        assert (results['model'], results['tag'], config['architecture']) == (arch, tag, arch)
+        assert len(config['label_names']) == config['num_classes'] == DATASETS[tag]['num_classes']
+        assert results['last_epoch_top1'] == results['curve'][-1]['eval_top1']
+        assert len(results['curve']) == results['epochs'] and results['test']['images'] == 10000
+        assert results['test']['top1'] == pytest.approx(results['last_epoch_top1'], abs=0.05)
+        for key in ('arguments', 'options', 'seed', 'versions', 'hardware', 'wall_time_s', 'best_top1'):
+            assert key in results
+
+    def test_floor(self, name):
+        if name in EMBEDDED:
+            assert json.loads((RELEASED[name] / 'results.json').read_text())['test']['top1'] >= 90.5
+
+    def test_pretrained(self, name):
+        arch, _, tag = name.partition('.')
+        weights = load_file(RELEASED[name] / 'model.safetensors')
+        for spelled in (name, arch) if tag == 'cifar10' else (name,):
+            model = timm.create_model(spelled, pretrained=True)
+            assert all(w.equal(weights[k]) for k, w in model.state_dict().items())
+        assert model.num_classes == DATASETS[tag]['num_classes']
+        assert model.pretrained_cfg['label_names']
+
+    def test_new_head(self, name):
+        model = timm.create_model(name, pretrained=True, num_classes=7)
+        weights = load_file(RELEASED[name] / 'model.safetensors')
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+        assert all(w.equal(weights[k]) for k, w in model.state_dict().items() if not k.startswith('head.fc'))
+
+    def test_grayscale(self, name):
+        model = timm.create_model(name, pretrained=True, in_chans=1).eval()
+        weights = load_file(RELEASED[name] / 'model.safetensors')
+        torch.testing.assert_close(model.conv1.weight, weights['conv1.weight'].sum(1, keepdim=True))
+        assert model(torch.randn(2, 1, 32, 32)).shape == (2, DATASETS[name.partition('.')[2]]['num_classes'])
+
+    def test_features_only(self, name):
+        model = timm.create_model(name, pretrained=True, features_only=True)
+        assert len(model(torch.randn(2, 3, 32, 32))) == 4
+
+    def test_accuracy_on_real_images(self, name, cifar10_mini):
+        if not name.endswith('.cifar10'):
+            pytest.skip('not CIFAR-10')
+        claimed = json.loads((RELEASED[name] / 'results.json').read_text())['test']['top1']
+        measured = evaluate(load_pretrained(name), load_images(cifar10_mini, 'test'))
+        assert measured['images'] == 1000
+        assert measured['top1'] == pytest.approx(claimed, abs=3)  # three standard deviations of 1,000 images
+
+    def test_parameters_are_the_papers(self, name):
+        arch, _, tag = name.partition('.')
+        exact = {
+            r['params_exact']
+            for r in table_rows()
+            if r['model'] == arch and r['dataset'] == tag and 'params_exact' in r
+        }
+        results = json.loads((RELEASED[name] / 'results.json').read_text())
+        assert not exact or results['parameters'] in exact
+
+
+def test_the_photo_of_a_cat():
+    skimage = pytest.importorskip('skimage')
+    path = f'{skimage.__path__[0]}/data/chelsea.png'
+    (result,) = predict(load_pretrained('resnet20_saam'), [path])
+    assert result['predictions'][0]['label'] == 'cat'
+
+
+def test_without_weights():
+    with pytest.raises(RuntimeError, match='No pretrained weights exist for resnet326_srm'):
+        timm.create_model('resnet326_srm', pretrained=True)
+
+
+def test_model_args_of_the_papers_rows_name_models():
+    for row in table_rows():
+        if row['model'].startswith('resnet'):
+            assert timm.is_model(model_args(row)['model_name'].split('.')[0])

@@ -1,0 +1,338 @@
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from timm_poolattn import CifarResNet
+from timm_poolattn.layers import GATES, REWEIGHT_FORMS
+from timm_poolattn.models import DATASETS, FAMILIES
+from timm_poolattn.papers import model_args, table_rows
+
+NAMES = timm.list_models(module=FAMILIES)
+SMALL = [name for name in NAMES if name.split('_')[0] in ('resnet20', 'resnet83')]
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def small(name, **kwargs):
+    """A model of a few blocks with the gate and flavour of `name`."""
+    depth = 11 + 9 if name.startswith('resnet83') else 20
+    return timm.create_model(name, depth=depth, **kwargs)
+
+
+RESNET_ROWS = [row for row in table_rows() if row['model'].startswith('resnet')]
+
+
+def test_table_rows_are_all_there():
+    assert len(table_rows()) == 158
+    assert len(RESNET_ROWS) == 127
+
+
+@pytest.mark.parametrize('row', RESNET_ROWS, ids=lambda row: f'{row["paper"]}-{row["table"]}-{row["model"]}')
+def test_parameters_of_every_table_row(row):
+    with torch.device('meta'):
+        model = timm.create_model(**model_args(row))
+    if 'params_exact' in row:
+        assert count(model) == row['params_exact']
+    elif 'params_m' in row:
+        assert abs(count(model) / 1e6 - row['params_m']) < 0.02
+    if 'params_exact_with_bn_stats' in row:
+        stats = sum(b.numel() for name, b in model.named_buffers() if 'running' in name)
+        assert count(model) + stats == row['params_exact_with_bn_stats']
+
+
+def test_every_gate_on_every_depth():
+    gates = ['', *(f'_{gate}' for gate in GATES), '_fa', '_fase']
+    depths = (20, 32, 44, 56, 110, 83, 164, 245, 326)
+    assert sorted(NAMES) == sorted(f'resnet{d}{g}' for d in depths for g in gates)
+    for name in NAMES:
+        assert [f'{name}.{tag}' in timm.list_models(include_tags=True, module=FAMILIES) for tag in DATASETS]
+
+
+def test_no_name_shadows_one_of_timm():
+    code = 'import timm; a = set(timm.list_models()); import timm_poolattn as p; print(*sorted(a))'
+    timm_names = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert not set(timm_names.stdout.split()) & set(NAMES) and 'resnet50' in timm_names.stdout.split()
+    assert 'Overwriting' not in timm_names.stderr
+
+
+@pytest.mark.parametrize('flavour', ['saam', 'fa', 'spem'])
+@pytest.mark.parametrize('block', ['basic', 'bottleneck'])
+def test_flavours(flavour, block):
+    model = CifarResNet(20, block=block, flavour=flavour)
+    kernels = [s.shortcut[0].kernel_size[0] if isinstance(s.shortcut, nn.Sequential) else None for s in model.stages]
+    kernel = 3 if flavour == 'fa' else 1
+    first = kernel if block == 'bottleneck' or flavour == 'saam' else None
+    assert kernels == [first, kernel, kernel]
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(depth=57), r'depth=57 must be 6n\+2 with basic blocks; nearest are 56 and 62'),
+        (dict(depth=3), r'nearest are 8 and 14'),
+        (
+            dict(depth=165, block='bottleneck'),
+            r'depth=165 must be 9n\+2 with bottleneck blocks; nearest are 164 and 173',
+        ),
+        (dict(gate='foo'), "unknown gate 'foo'; choose from se,"),
+        (dict(flavour='foo'), "unknown flavour 'foo'; choose from saam, fa, spem"),
+        (dict(block='foo'), "unknown block 'foo'"),
+    ],
+)
+def test_constructor_errors(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        CifarResNet(**kwargs)
+
+
+def test_any_other_depth():
+    assert len(CifarResNet(26, gate='saam')._blocks()) == 12
+    assert len(CifarResNet(29, block='bottleneck', gate='spem')._blocks()) == 9
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_model_api(name):
+    model = small(name, num_classes=7, in_chans=1, drop_rate=0.1, drop_path_rate=0.2)
+    x = torch.randn(2, 1, 32, 32)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    features = model.forward_features(x)
+    assert features.shape == (2, model.num_features, 8, 8)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    torch.testing.assert_close(model.forward_head(features), model(x))
+    assert model.get_classifier() is model.get_submodule(model.get_classifier(name_only=True))
+
+    final, intermediates = model.forward_intermediates(x)
+    torch.testing.assert_close(final, features)
+    assert [f.shape[1] for f in intermediates] == [info['num_chs'] for info in model.feature_info]
+    assert [32 // f.shape[2] for f in intermediates] == [info['reduction'] for info in model.feature_info]
+    only = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(only[0], intermediates[1])
+
+    model.reset_classifier(5, 'max')
+    assert model(x).shape == (2, 5) and model.num_classes == 5
+    model.reset_classifier(0, '')
+    assert model(x).shape == features.shape
+
+    assert model.prune_intermediate_layers(1) == [3]
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1]
+    torch.testing.assert_close(model.forward_features(x), intermediates[1])
+    assert model.num_features == intermediates[1].shape[1]
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_features_only(name):
+    model = small(name, features_only=True, out_indices=(1, 3))
+    outputs = model(torch.randn(2, 3, 32, 32))
+    assert [tuple(o.shape[1:]) for o in outputs] == [
+        (c, 32 // r, 32 // r)
+        for c, r in zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
+    ]
+    assert model.feature_info.reduction() == [1, 4]
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_scriptable(name):
+    model = small(name, scriptable=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.parametrize('name', ['resnet20_spem', 'resnet20_saam', 'resnet20_fa'])
+def test_export(name):
+    model = timm.create_model(name, exportable=True).eval()
+    batch = torch.export.Dim('batch', min=2)
+    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
+    x = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['resnet20_saam', 'resnet20_fase', 'resnet83_spem'])
+def test_grad_checkpointing_changes_nothing(name):
+    model = small(name).eval()
+    x = torch.randn(2, 3, 32, 32)
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize('name', ['resnet20_saam', 'resnet20_fase', 'resnet83_spem'])
+def test_device_and_dtype(name):
+    model = small(name, device='meta', dtype=torch.float64)
+    assert all(p.is_meta and p.dtype == torch.float64 for p in model.parameters())
+    model = small(name, dtype=torch.float64).eval()
+    assert model(torch.randn(1, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_autocast_and_channels_last():
+    for name in ('resnet20_saam', 'resnet20_fase', 'resnet83_spem'):
+        model = small(name).eval()
+        x = torch.randn(2, 3, 32, 32)
+        expected = model(x)
+        model.to(memory_format=torch.channels_last)
+        x = x.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            assert model(x).dtype == torch.bfloat16
+
+
+def test_no_weight_decay_is_the_saam_papers():
+    """Every parameter decays, 1-d ones too, but those of the SAAM paper's gates."""
+
+    def undecayed(name, **kwargs):
+        model = timm.create_model(name, **kwargs)
+        optimizer = create_optimizer_v2(model, 'momentum', lr=0.1, weight_decay=1e-4, filter_bias_and_bn=False)
+        assert not optimizer.defaults['nesterov']
+        ids = {id(p) for g in optimizer.param_groups if g['weight_decay'] == 0 for p in g['params']}
+        return model, {n for n, p in model.named_parameters() if id(p) in ids}
+
+    model, names = undecayed('resnet20_saam')
+    assert names == {n for n, _ in model.named_parameters() if '.gate.' in n} and len(names) == 9 * 3
+    assert undecayed('resnet20_se')[1]
+    for name in ('resnet20', 'resnet20_fase', 'resnet83_spem', 'resnet20_spem'):
+        assert not undecayed(name)[1]
+
+
+@pytest.mark.parametrize('coarse', [True, False])
+def test_group_matcher_covers_every_parameter(coarse):
+    from timm.models import group_parameters
+
+    for name in ('resnet20_fase', 'resnet83_spem'):
+        model = small(name)
+        groups = group_parameters(model, model.group_matcher(coarse))
+        assert sorted(n for g in groups.values() for n in g) == sorted(n for n, _ in model.named_parameters())
+        assert len(groups) == (5 if coarse else 2 + 3 * len(model.stages[0].blocks))  # stem, stages or blocks, head
+
+
+def test_tiny_imagenet_form():
+    model = timm.create_model('resnet56_fa.tiny_imagenet')
+    assert model.num_classes == 200 and model.conv1.stride == (2, 2)
+    assert model.forward_features(torch.randn(1, 3, 64, 64)).shape == (1, 64, 8, 8)
+    assert [info['reduction'] for info in model.feature_info] == [2, 2, 4, 8]
+
+
+def test_k_is_known_before_its_block_runs():
+    """k_i depends on X_i and earlier k only (Eq. 2), never on U_i."""
+    model = timm.create_model('resnet20_fa').eval()
+    order = []
+    for name, module in model.named_modules():
+        if name.endswith(('.fa', '.conv1')):
+            module.register_forward_hook(lambda *_, name=name: order.append(name))
+    model(torch.randn(1, 3, 32, 32))
+    assert order.index('stages.1.fa') < order.index('stages.1.blocks.0.conv1')
+    assert order.index('stages.1.blocks.2.fa') < order.index('stages.1.blocks.2.conv1')
+
+
+def test_fa_wiring():
+    """A stage by Eq. 2-9 and Fig. 4, written out."""
+    model = timm.create_model('resnet20_fa').eval()
+    stage = model.stages[1]
+    x = torch.randn(2, 16, 32, 32)
+    matched = stage.shortcut(x)
+    k_stage = stage.fa.focus(matched)
+    b0, b1, b2 = stage.blocks
+    x1 = b0(x, matched)
+    k1 = b1.fa.focus(x1)
+    x2 = x1 + (b1(x1, x1) - x1) * k1[..., None, None]
+    k2 = b2.fa.association(torch.cat([k1, b2.fa.focus(x2)], dim=1))
+    x3 = x2 + (b2(x2, x2) - x2) * k2[..., None, None]
+    expected = matched + (x3 - matched) * k_stage[..., None, None]
+    ks = []
+    torch.testing.assert_close(stage(x, ks), expected)
+    torch.testing.assert_close(ks, [k_stage])
+
+
+@pytest.mark.parametrize('reweight', REWEIGHT_FORMS)
+def test_ablations_by_create_model(reweight):
+    model = timm.create_model('resnet83_spem', depth=20, gate_kwargs=dict(reweight=reweight)).eval()
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+# The SPEM authors' published network, written out from its layout: parameter names and shapes as in their checkpoints.
+
+
+def authors_state_dict(n):
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    sd = {}
+
+    def bn(name, c):
+        sd.update({f'{name}.weight': rand(c).abs() + 0.5, f'{name}.bias': rand(c) * 0.1})
+        sd.update({f'{name}.running_mean': rand(c) * 0.1, f'{name}.running_var': rand(c).abs() + 0.5})
+        sd[f'{name}.num_batches_tracked'] = torch.tensor(7)
+
+    def conv(name, out, inp, k):
+        sd[f'{name}.weight'] = rand(out, inp, k, k) / (inp * k * k) ** 0.5
+
+    conv('conv1', 16, 3, 3)
+    bn('bn1', 16)
+    inp = 16
+    for s, width in enumerate((16, 32, 64), 1):
+        for i in range(n):
+            b = f'layer{s}.{i}'
+            for j, (o, c, k) in enumerate(((width, inp, 1), (width, width, 3), (4 * width, width, 1)), 1):
+                conv(f'{b}.conv{j}', o, c, k)
+                bn(f'{b}.bn{j}', o)
+            for name in ('w1', 'b1', 'w2', 'b2'):
+                sd[f'{b}.{name}'] = rand(1, 4 * width, 1, 1)
+            sd[f'{b}.p'] = rand(2)
+            if i == 0:
+                conv(f'{b}.downsample.0', 4 * width, inp, 1)
+                bn(f'{b}.downsample.1', 4 * width)
+            inp = 4 * width
+    sd.update({'fc.weight': rand(10, 256) / 16, 'fc.bias': rand(10)})
+    return sd
+
+
+def authors_forward(sd, x, n):
+    F = nn.functional
+
+    def bn(x, name):
+        stats = (sd[f'{name}.running_mean'], sd[f'{name}.running_var'])
+        return F.batch_norm(x, *stats, sd[f'{name}.weight'], sd[f'{name}.bias'])
+
+    x = F.conv2d(x, sd['conv1.weight'], padding=1)
+    x = bn(x, 'bn1').relu()
+    for s in (1, 2, 3):
+        for i in range(n):
+            b, stride = f'layer{s}.{i}', 2 if s > 1 and i == 0 else 1
+            out = bn(F.conv2d(x, sd[f'{b}.conv1.weight']), f'{b}.bn1').relu()
+            out = bn(F.conv2d(out, sd[f'{b}.conv2.weight'], stride=stride, padding=1), f'{b}.bn2').relu()
+            out = bn(F.conv2d(out, sd[f'{b}.conv3.weight']), f'{b}.bn3')
+            largest = F.adaptive_max_pool2d(out, 1) * sd[f'{b}.w2'] + sd[f'{b}.b2']
+            smallest = -F.adaptive_max_pool2d(-out, 1) * sd[f'{b}.w2'] + sd[f'{b}.b2']
+            share = sd[f'{b}.p'] ** 2 / (sd[f'{b}.p'] ** 2).sum()
+            mix = (share[0] * largest + share[1] * smallest) * sd[f'{b}.w1'] + sd[f'{b}.b1']
+            out = out * (largest + smallest).sigmoid() * mix.sigmoid()
+            if i == 0:
+                x = bn(F.conv2d(x, sd[f'{b}.downsample.0.weight'], stride=stride), f'{b}.downsample.1')
+            x = (out + x).relu()
+    return F.linear(x.mean((2, 3)), sd['fc.weight'], sd['fc.bias'])
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_authors_checkpoint_gives_the_same_logits(tmp_path, prefix):
+    n = 2
+    sd = authors_state_dict(n)
+    path = tmp_path / 'model_best.pth'
+    torch.save({'state_dict': {prefix + k: v for k, v in sd.items()}}, path)
+    model = timm.create_model(
+        'resnet164_spem',
+        depth=20,
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(path)),
+        gate_kwargs=dict(reweight='public'),
+    ).eval()
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(model(x), authors_forward(sd, x, n), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,165 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from timm_poolattn.catalog import TABLE_MARKS, list_models, markdown_table
+from timm_poolattn.cli import main
+from timm_poolattn.models import released
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def fails(*args):
+    """The one line that a user's mistake ends in."""
+    result = run(*args, code=2)
+    assert result.output.startswith('Error: ') and result.output.count('\n') == 1, result.output
+    return result.output
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A model folder in timm's format (local-dir:...) that takes cats for dark, dogs for bright."""
+    from timm.models import save_for_hf
+
+    model = timm.create_model('resnet20_saam', num_classes=2)
+    save_for_hf(model, tmp_path / 'model', model_config=dict(label_names=['cat', 'dog']), safe_serialization=True)
+    return f'local-dir:{tmp_path / "model"}'
+
+
+class TestList:
+    def test_filter(self):
+        rows = json.loads(run('list', 'resnet20_*a*m*', '--json').output)
+        assert [r['model'] for r in rows] == ['resnet20_cbam', 'resnet20_saam', 'resnet20_saam2', 'resnet20_saam4']
+        assert [r['gate'] for r in rows] == ['cbam', 'saam', 'saam2', 'saam4']
+        assert rows[1]['parameters'] == 281051
+
+    def test_table(self):
+        lines = run('list', 'resnet20_saam').output.splitlines()
+        assert lines[0].split() == ['model', 'gate', 'parameters', 'top-1', '(%)']
+        assert lines[1].split()[:3] == ['resnet20_saam', 'saam', '281,051']
+
+    def test_no_match(self):
+        assert "no model matches 'vgg'" in fails('list', 'vgg')
+
+    def test_rows_follow_the_registry(self):
+        assert [r['model'] for r in list_models('*20*')] == timm.list_models('*20*', module='cifar_resnet')
+
+
+class TestPredict:
+    @pytest.mark.parametrize(
+        'mode, size, suffix',
+        [('RGB', (32, 32), 'png'), ('L', (500, 20), 'png'), ('P', (3, 90), 'gif'), ('RGBA', (1, 1), 'png')]
+        + [('CMYK', (64, 48), 'jpg'), ('1', (40, 40), 'bmp'), ('I;16', (33, 35), 'png'), ('LA', (9, 9), 'png')],
+    )
+    def test_any_size_and_mode(self, trained, tmp_path, mode, size, suffix):
+        path = tmp_path / f'image.{suffix}'
+        Image.new(mode, size).save(path)
+        (result,) = json.loads(run('predict', path, '--model', trained, '--json').output)
+        assert result['image'] == str(path)
+        assert sorted(p['label'] for p in result['predictions']) == ['cat', 'dog']
+        assert sum(p['probability'] for p in result['predictions']) == pytest.approx(1)
+        assert result['predictions'][0]['probability'] >= 0.5
+
+    def test_prints_classes(self, trained, image_folder):
+        images = [image_folder / 'test' / 'cat' / f'{i}.png' for i in range(2)]
+        lines = run('predict', *images, '--model', trained, '--topk', 1).output.splitlines()
+        assert lines[0] == str(images[0]) and lines[1].split()[1] in ('cat', 'dog') and len(lines) == 4
+
+    def test_is_the_models_softmax(self, trained, image_folder):
+        path = image_folder / 'test' / 'cat' / '0.png'
+        model = timm.create_model(trained, pretrained=True).eval()
+        pixels = torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(model.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean', 'std'))
+        expected = model(((pixels - mean) / std)[None]).softmax(1).max().item()
+        (result,) = json.loads(run('predict', path, '--model', trained, '--json').output)
+        assert result['predictions'][0]['probability'] == pytest.approx(expected, rel=1e-4)
+
+    def test_mistakes(self, trained, tmp_path):
+        (tmp_path / 'text.jpg').write_text('no image')
+        (tmp_path / 'folder.jpg').mkdir()
+        assert 'nowhere.png: no such file' in fails('predict', 'nowhere.png', '--model', trained)
+        assert 'cannot be read as an image (not an image)' in fails(
+            'predict', tmp_path / 'text.jpg', '--model', trained
+        )
+        assert 'cannot be read as an image' in fails('predict', tmp_path / 'folder.jpg', '--model', trained)
+        assert 'nearest: resnet20_saam' in fails('predict', 'a.png', '--model', 'resnet20_sam')
+        assert 'unknown model' in fails('predict', 'a.png', '--model', 'resnet20_saam.cifar1000')
+        assert 'resnet326_srm has no weights yet' in fails('predict', 'a.png', '--model', 'resnet326_srm')
+        assert 'no image given' in fails('predict')
+        assert 'no-such-folder' in fails('predict', 'a.png', '--model', 'local-dir:no-such-folder')
+
+    def test_no_traceback_in_a_real_process(self):
+        command = [sys.executable, '-m', 'timm_poolattn.cli', 'predict', 'nowhere.png', '--model', 'resnet20_sam']
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith('Error: unknown model') and not done.stdout
+        assert len(done.stderr.splitlines()) == 1
+
+
+class TestValidate:
+    def test_accuracy(self, trained, image_folder):
+        result = json.loads(run('validate', '--model', trained, '--data-dir', image_folder, '--json').output)
+        model = timm.create_model(trained, pretrained=True).eval()
+        hits = 0
+        mean, std = (torch.tensor(model.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean', 'std'))
+        for target, name in enumerate(('cat', 'dog')):
+            for path in (image_folder / 'test' / name).iterdir():
+                pixels = torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1).float() / 255
+                hits += int(model(((pixels - mean) / std)[None]).argmax() == target)
+        assert result['top1'] == 100 * hits / 8 and result['top5'] == 100 and result['images'] == 8
+
+    def test_classes_are_matched_by_name(self, trained, image_folder):
+        (image_folder / 'test' / 'cat').rename(image_folder / 'cat')
+        only_dogs = json.loads(run('validate', '--model', trained, '--data-dir', image_folder, '--json').output)
+        (image_folder / 'test' / 'dog').rename(image_folder / 'test' / 'cat')
+        as_cats = json.loads(run('validate', '--model', trained, '--data-dir', image_folder, '--json').output)
+        assert only_dogs['top1'] + as_cats['top1'] == 100
+
+    def test_mistakes(self, trained, image_folder):
+        assert 'no split' in fails('validate', '--model', trained, '--data-dir', image_folder, '--split', 'x')
+        (image_folder / 'test' / 'dog').rename(image_folder / 'test' / 'horse')
+        assert 'not trained on the classes horse' in fails('validate', '--model', trained, '--data-dir', image_folder)
+
+
+class TestReadmeTable:
+    def test_is_generated_from_results(self):
+        table = markdown_table()
+        for name, folder in released().items():
+            top1 = json.loads((folder / 'results.json').read_text())['test']['top1']
+            assert f'| `{name}` |' in table and f'| {top1:.2f} |' in table
+
+    def test_writes_between_its_marks_alone(self, tmp_path):
+        path = tmp_path / 'README.md'
+        path.write_text(f'before\n{TABLE_MARKS[0]}\nold\n{TABLE_MARKS[1]}\nafter\n')
+        run('readme', path)
+        text = path.read_text()
+        assert text == f'before\n{TABLE_MARKS[0]}\n{markdown_table()}\n{TABLE_MARKS[1]}\nafter\n'
+        path.write_text('no marks')
+        assert 'needs one line' in fails('readme', path)
+        assert path.read_text() == 'no marks'
+
+
+def test_train_without_script(monkeypatch, tmp_path):
+    (tmp_path / 'work').mkdir()
+    monkeypatch.chdir(tmp_path / 'work')
+    monkeypatch.setenv('TIMM_TRAIN_SCRIPT', 'nowhere.py')
+    assert 'Three ways to get it' in fails('train', '--model', 'resnet20_saam')
+
+
+def test_bench_import():
+    result = json.loads(run('bench', 'import', '--runs', 1, '--json').output)
+    assert result.keys() == {'timm_ms', 'timm_poolattn_ms', 'ratio'} and all(v > 0 for v in result.values())
+
+
+def test_help():
+    assert 'list' in run('-h').output and 'timm' in run('train', '--help').output

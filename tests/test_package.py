@@ -1,0 +1,87 @@
+"""The wheel: what it carries, and that an installed one, a checkout and an editable install behave the same."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from timm_poolattn.models import released
+
+ROOT = Path(__file__).parents[1]
+USE = """
+import json, timm, timm_poolattn
+from timm_poolattn.models import released
+model = timm.create_model('resnet20_saam', pretrained=True)
+print(json.dumps([timm_poolattn.__file__, sorted(released()), float(sum(p.sum() for p in model.parameters()))]))
+"""
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp('wheel')
+    build = [sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', str(out), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.glob('*.whl')
+    return path
+
+
+def use(pythonpath, cwd):
+    import json
+
+    env = {**os.environ, 'PYTHONPATH': str(pythonpath), 'HF_HUB_OFFLINE': '1'}
+    done = subprocess.run([sys.executable, '-c', USE], capture_output=True, text=True, env=env, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_wheel_carries_what_pretrained_needs(wheel):
+    with zipfile.ZipFile(wheel) as z:
+        names = z.namelist()
+    for name in released():
+        for file in ('config.json', 'model.safetensors', 'results.json', 'README.md'):
+            assert f'timm_poolattn/hub_configs/{name}/{file}' in names
+    assert 'timm_poolattn/py.typed' in names and 'timm_poolattn/papers/tables.yaml' in names
+    assert {n.split('/')[0] for n in names} == {'timm_poolattn', wheel.name.rsplit('-', 3)[0] + '.dist-info'}
+    assert wheel.stat().st_size < 25e6
+
+
+def test_wheel_and_checkout_behave_the_same(wheel, tmp_path):
+    site = tmp_path / 'site'
+    install = [
+        sys.executable,
+        '-m',
+        'pip',
+        'install',
+        '-q',
+        '--no-deps',
+        '--no-index',
+        '--target',
+        str(site),
+        str(wheel),
+    ]
+    subprocess.run(install, check=True, capture_output=True)
+    file, *installed = use(site, tmp_path)
+    assert file.startswith(str(site))
+    file, *checkout = use(ROOT, tmp_path)
+    assert file.startswith(str(ROOT))
+    assert installed == checkout
+
+
+def test_import_is_all_that_import_does(tmp_path):
+    """Importing registers; it opens no connection, writes no file, and loads neither training nor plotting."""
+    code = (
+        'import sys, socket, timm\n'
+        'def refuse(*a, **k): raise AssertionError("a connection at import")\n'
+        'socket.socket.connect = refuse\n'
+        'import timm_poolattn\n'
+        'print([m for m in sys.modules if m.startswith(("timm_poolattn.training", "timm_poolattn.cli", "matplotlib"))])'
+    )
+    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=tmp_path, check=True
+    )
+    assert done.stdout.strip() == '[]' and not list(tmp_path.iterdir())
