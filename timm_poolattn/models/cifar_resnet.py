@@ -5,7 +5,9 @@ linear layer in all of them; what differs is in `FLAVOURS`, and which blocks a d
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +16,17 @@ from timm.layers import (
     DropPath,
     LayerType,
     calculate_drop_path_rates,
+    create_attn,
     get_act_layer,
     get_device_dtype,
     get_norm_layer,
 )
+from timm.layers.cbam import CbamModule
 from timm.models import build_model_with_cfg, checkpoint, register_model, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from ..layers import GATES, FocusAssociation, create_gate, fa_weight
+from ..layers import GATES, FocusAssociation, fa_weight
 from ._cfg import read_default_cfgs
 
 __all__ = ['CifarResNet']
@@ -35,18 +39,18 @@ class Flavour:
     Attributes:
         shortcut_kernel: of the projecting conv + BN shortcut, in the first block of a stage.
         project_first: project that of stage 1 too, even if no shape changes.
-        gate_kwargs: what the paper's baselines pass to their gates.
+        gates: the paper's own form of a baseline, in place of that in `GATES`.
     """
 
     shortcut_kernel: int
     project_first: bool
-    gate_kwargs: dict[str, dict[str, Any]]
+    gates: dict[str, Callable[..., nn.Module]]
 
 
 FLAVOURS = {
-    'saam': Flavour(1, True, dict(se=dict(rd_ratio=1 / 4, bias=False))),
-    'fa': Flavour(3, False, dict(se=dict(rd_ratio=1 / 8))),  # the paper took the better of 1/4 and 1/8, row by row
-    'spem': Flavour(1, False, dict(se=dict(rd_ratio=1 / 16), cbam=dict(rd_ratio=1 / 16, kernel_size=7))),
+    'saam': Flavour(1, True, dict(se=partial(GATES['se'], rd_ratio=1 / 4, bias=False))),
+    'fa': Flavour(3, False, dict(se=partial(GATES['se'], rd_ratio=1 / 8))),  # the better of 1/4 and 1/8, row by row
+    'spem': Flavour(1, False, dict(se=partial(GATES['se'], rd_ratio=1 / 16), cbam=CbamModule)),
 }
 #: Gates whose parameters the SAAM paper's training does not decay: "all parameters except the attention modules".
 _UNDECAYED_GATES = ('se', 'se2', 'cbam', 'saam', 'saam2', 'saam4')
@@ -178,7 +182,7 @@ class CifarResNet(nn.Module):
             the last BN's output, before the shortcut is added.
         flavour: whose backbone, a key of `FLAVOURS`. Default: 'spem' with bottlenecks, else 'fa' with FA and 'saam'
             with any other gate or none.
-        gate_kwargs: keyword arguments of the gate (of the SE in it, for 'fase'), over the flavour's own.
+        gate_kwargs: keyword arguments of the gate (of the SE in it, for 'fase'), over the flavour's own form of it.
         num_classes: 0 for no classifier. Default: 10.
         in_chans: Default: 3.
         global_pool: timm's pooling names, '' for none. Default: 'avg'.
@@ -244,7 +248,8 @@ class CifarResNet(nn.Module):
         self.feature_info = [dict(num_chs=16, reduction=stem_stride, module='act1')]
 
         channel_gate = 'se' if gate == 'fase' else None if gate == 'fa' else gate
-        gate_kwargs = {**backbone.gate_kwargs.get(channel_gate, {}), **(gate_kwargs or {})}
+        gate_layer = {**GATES, **backbone.gates}[channel_gate] if channel_gate else None
+        gate_kwargs = {**(gate_kwargs or {}), **dd}
         in_chs, reduction = 16, stem_stride
         stages = []
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, [n] * 3, stagewise=True)
@@ -265,7 +270,7 @@ class CifarResNet(nn.Module):
                         in_chs,
                         width,
                         stride=stride if i == 0 else 1,
-                        gate=create_gate(channel_gate, out_chs, **gate_kwargs, **dd) if channel_gate else None,
+                        gate=create_attn(gate_layer, out_chs, **gate_kwargs),
                         fa=FocusAssociation(out_chs, i, **dd) if has_fa and i else None,
                         drop_path=drop_path_rates[s][i],
                         act_layer=act_layer,
