@@ -50,7 +50,7 @@ class TestList:
         assert lines[1].split()[:3] == ['resnet20_saam', 'saam', '281,051']
 
     def test_no_match(self):
-        assert "no model matches 'vgg'" in fails('list', 'vgg')
+        assert "no model matches 'alexnet'" in fails('list', 'alexnet')
 
     def test_rows_follow_the_registry(self):
         assert [r['model'] for r in list_models('*20*')] == timm.list_models('*20*', module='cifar_resnet')

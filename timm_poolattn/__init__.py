@@ -1,7 +1,7 @@
 """Pooling-based attention for timm. Importing the package registers its models with timm's factory."""
 
 from .layers import CBAM, SAAM, SGE, SPEM, SRM, Association, Focus, FocusAssociation, create_gate
-from .models import CifarResNet
+from .models import CifarInceptionV4, CifarResNet, CifarVgg
 
 __version__ = '0.1.0'
 __all__ = [
@@ -11,7 +11,9 @@ __all__ = [
     'SPEM',
     'SRM',
     'Association',
+    'CifarInceptionV4',
     'CifarResNet',
+    'CifarVgg',
     'Focus',
     'FocusAssociation',
     'create_gate',

@@ -104,5 +104,4 @@ def test_without_weights():
 
 def test_model_args_of_the_papers_rows_name_models():
     for row in table_rows():
-        if row['model'].startswith('resnet'):
-            assert timm.is_model(model_args(row)['model_name'].split('.')[0])
+        assert timm.is_model(model_args(row)['model_name'].split('.')[0])

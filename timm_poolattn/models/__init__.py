@@ -1,7 +1,10 @@
+from . import cifar_resnext  # noqa: F401  registers, and has no class of its own
 from ._cfg import DATASETS, hub_configs_dir, released
+from .cifar_inception_v4 import CifarInceptionV4
 from .cifar_resnet import CifarResNet
+from .cifar_vgg import CifarVgg
 
 #: Modules of models, as timm.list_models(module=...) names them.
-FAMILIES = ('cifar_resnet',)
+FAMILIES = ('cifar_inception_v4', 'cifar_resnet', 'cifar_resnext', 'cifar_vgg')
 
-__all__ = ['DATASETS', 'FAMILIES', 'CifarResNet', 'hub_configs_dir', 'released']
+__all__ = ['DATASETS', 'FAMILIES', 'CifarInceptionV4', 'CifarResNet', 'CifarVgg', 'hub_configs_dir', 'released']

@@ -1,11 +1,13 @@
 """Default configs: the data sets' facts, overlaid by the release folders of `hub_configs`."""
 
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from timm.models import generate_default_cfgs
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
 #: Tags and what each data set fixes. An untagged name means the first tag with weights, or else the first.
 DATASETS: dict[str, dict[str, Any]] = {
@@ -53,3 +55,24 @@ def read_default_cfgs(archs: Iterable[str], **cfg) -> dict[str, Any]:
                 if weights.is_file():
                     cfgs[name]['file'] = str(weights)
     return generate_default_cfgs(cfgs)
+
+
+def register_models(module: str, create: Callable[..., nn.Module], model_args: dict[str, dict[str, Any]]) -> None:
+    """Define and register an entrypoint for each of `model_args` in `module`, which holds their default_cfgs.
+
+    Args:
+        module: its name.
+        create: called with the entrypoint's name, `pretrained` and its arguments.
+        model_args: by name; arguments of timm.create_model override them.
+    """
+
+    def entrypoint(name: str, args: dict[str, Any]) -> Callable[..., nn.Module]:
+        def fn(pretrained: bool = False, **kwargs) -> nn.Module:
+            return create(name, pretrained, **{**args, **kwargs})
+
+        fn.__name__ = fn.__qualname__ = name
+        fn.__module__ = module
+        fn.__doc__ = f'{name}: {", ".join(f"{k}={v!r}" for k, v in args.items())}; see `{create.__name__}`.'
+        return register_model(fn)
+
+    vars(sys.modules[module]).update({name: entrypoint(name, args) for name, args in model_args.items()})

@@ -12,22 +12,20 @@ from typing import Any
 
 import torch
 from timm.layers import (
-    ClassifierHead,
     DropPath,
     LayerType,
     calculate_drop_path_rates,
     create_attn,
     get_act_layer,
-    get_device_dtype,
     get_norm_layer,
 )
 from timm.layers.cbam import CbamModule
-from timm.models import build_model_with_cfg, checkpoint, register_model, resolve_pretrained_cfg
-from timm.models._features import feature_take_indices
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
-from ..layers import GATES, FocusAssociation, fa_weight
-from ._cfg import read_default_cfgs
+from ..layers import GATES, FocusAssociation
+from ._base import Stage, StagedNet
+from ._cfg import read_default_cfgs, register_models
 
 __all__ = ['CifarResNet']
 
@@ -51,6 +49,7 @@ FLAVOURS = {
     'saam': Flavour(1, True, dict(se=partial(GATES['se'], rd_ratio=1 / 4, bias=False))),
     'fa': Flavour(3, False, dict(se=partial(GATES['se'], rd_ratio=1 / 8))),  # the better of 1/4 and 1/8, row by row
     'spem': Flavour(1, False, dict(se=partial(GATES['se'], rd_ratio=1 / 16), cbam=CbamModule)),
+    'resnext': Flavour(1, False, dict(se=partial(GATES['se'], rd_ratio=1 / 8))),  # the FA paper's
 }
 #: Gates whose parameters the SAAM paper's training does not decay: "all parameters except the attention modules".
 _UNDECAYED_GATES = ('se', 'se2', 'cbam', 'saam', 'saam2', 'saam4')
@@ -61,6 +60,8 @@ class BasicBlock(nn.Module):
 
     expansion = 1
     depth = 2  # weighted layers
+    stem_width = 16
+    widths = (16, 32, 64)
 
     def __init__(
         self,
@@ -98,6 +99,9 @@ class Bottleneck(nn.Module):
 
     expansion = 4
     depth = 3
+    stem_width = 16
+    widths = (16, 32, 64)
+    groups = 1
 
     def __init__(
         self,
@@ -118,7 +122,7 @@ class Bottleneck(nn.Module):
         self.conv1 = nn.Conv2d(in_chs, width, 1, bias=False, **dd)
         self.bn1 = norm_layer(width, **dd)
         self.act1 = act_layer(inplace=True)
-        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False, **dd)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, groups=self.groups, bias=False, **dd)
         self.bn2 = norm_layer(width, **dd)
         self.act2 = act_layer(inplace=True)
         self.conv3 = nn.Conv2d(width, out_chs, 1, bias=False, **dd)
@@ -135,53 +139,28 @@ class Bottleneck(nn.Module):
         return self.act3(self.drop_path(x) + shortcut)
 
 
-BLOCKS = {'basic': BasicBlock, 'bottleneck': Bottleneck}
+class ResNeXtBottleneck(Bottleneck):
+    """Bottleneck with a grouped 3x3 conv: cardinality 8, 16 channels a group in stage 1, doubling by stage."""
+
+    expansion = 2
+    stem_width = 64
+    widths = (128, 256, 512)
+    groups = 8
 
 
-class Stage(nn.Module):
-    """Blocks of one width, and the first block's shortcut, which matches the stage's input to its output in shape.
-
-    With FA, blocks 1 ... n-1 carry a gate (`block.fa`), and so do all stages but the first (`self.fa`).
-    """
-
-    def __init__(
-        self, blocks: list[nn.Module], shortcut: nn.Module | None = None, fa: FocusAssociation | None = None
-    ) -> None:
-        super().__init__()
-        self.shortcut = shortcut or nn.Identity()
-        self.blocks = nn.ModuleList(blocks)
-        self.fa = fa
-        self.grad_checkpointing = False
-
-    def forward(self, x: torch.Tensor, stage_ks: list[torch.Tensor]) -> torch.Tensor:
-        """The stage's output. `stage_ks` holds the earlier stages' k; a gated stage appends its own."""
-        matched = self.shortcut(x)  # X of the stage
-        if self.fa is not None:
-            stage_ks.append(self.fa(matched, stage_ks))
-        block_ks: list[torch.Tensor] = []
-        shortcut = matched
-        for block in self.blocks:
-            if block.fa is not None:
-                block_ks.append(block.fa(x, block_ks))
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                u = checkpoint(block, x, shortcut)
-            else:
-                u = block(x, shortcut)
-            x = u if block.fa is None else fa_weight(x, u, block_ks[-1])
-            shortcut = x
-        return x if self.fa is None else fa_weight(matched, x, stage_ks[-1])
+BLOCKS = {'basic': BasicBlock, 'bottleneck': Bottleneck, 'resnext': ResNeXtBottleneck}
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(StagedNet):
     """CIFAR ResNet with a gate in each block, or FA over blocks and stages.
 
     Args:
-        depth: 6n+2 with basic blocks, 9n+2 with bottlenecks.
-        block: 'basic' or 'bottleneck'. Default: 'basic'.
+        depth: 6n+2 with basic blocks, 9n+2 with bottlenecks and ResNeXt blocks.
+        block: 'basic', 'bottleneck' or 'resnext'. Default: 'basic'.
         gate: one of `timm_poolattn.layers.GATES`, 'fa', 'fase' (FA over blocks with SE in them), or None. It sits on
             the last BN's output, before the shortcut is added.
-        flavour: whose backbone, a key of `FLAVOURS`. Default: 'spem' with bottlenecks, else 'fa' with FA and 'saam'
-            with any other gate or none.
+        flavour: whose backbone, a key of `FLAVOURS`. Default: 'spem' with bottlenecks, 'resnext' with ResNeXt blocks,
+            with basic blocks 'fa' where there is FA and else 'saam'.
         gate_kwargs: keyword arguments of the gate (of the SE in it, for 'fase'), over the flavour's own form of it.
         num_classes: 0 for no classifier. Default: 10.
         in_chans: Default: 3.
@@ -197,6 +176,8 @@ class CifarResNet(nn.Module):
     Raises:
         ValueError: a depth that the block does not allow (it names the nearest), an unknown block, gate or flavour.
     """
+
+    stem_pattern = r'^conv1|bn1'
 
     def __init__(
         self,
@@ -221,7 +202,7 @@ class CifarResNet(nn.Module):
         if gate not in (None, 'fa', 'fase', *GATES):
             raise ValueError(f'unknown gate {gate!r}; choose from {", ".join((*GATES, "fa", "fase"))}, or None')
         has_fa = gate in ('fa', 'fase')
-        flavour = flavour or ('spem' if block == 'bottleneck' else 'fa' if has_fa else 'saam')
+        flavour = flavour or {'bottleneck': 'spem', 'resnext': 'resnext'}.get(block, 'fa' if has_fa else 'saam')
         if flavour not in FLAVOURS:
             raise ValueError(f'unknown flavour {flavour!r}; choose from {", ".join(FLAVOURS)}')
         block_cls, backbone = BLOCKS[block], FLAVOURS[flavour]
@@ -235,25 +216,23 @@ class CifarResNet(nn.Module):
             )
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.num_classes = num_classes
         self.in_chans = in_chans
-        self.drop_rate = drop_rate
         self.gate = gate
         self.flavour = flavour
         act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
 
-        self.conv1 = nn.Conv2d(in_chans, 16, 3, stride=stem_stride, padding=1, bias=False, **dd)
-        self.bn1 = norm_layer(16, **dd)
+        self.conv1 = nn.Conv2d(in_chans, block_cls.stem_width, 3, stride=stem_stride, padding=1, bias=False, **dd)
+        self.bn1 = norm_layer(block_cls.stem_width, **dd)
         self.act1 = act_layer(inplace=True)
-        self.feature_info = [dict(num_chs=16, reduction=stem_stride, module='act1')]
+        self.feature_info = [dict(num_chs=block_cls.stem_width, reduction=stem_stride, module='act1')]
 
         channel_gate = 'se' if gate == 'fase' else None if gate == 'fa' else gate
         gate_layer = {**GATES, **backbone.gates}[channel_gate] if channel_gate else None
         gate_kwargs = {**(gate_kwargs or {}), **dd}
-        in_chs, reduction = 16, stem_stride
+        in_chs, reduction = block_cls.stem_width, stem_stride
         stages = []
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, [n] * 3, stagewise=True)
-        for s, (width, stride) in enumerate(((16, 1), (32, 2), (64, 2))):
+        for s, (width, stride) in enumerate(zip(block_cls.widths, (1, 2, 2), strict=True)):
             out_chs = width * block_cls.expansion
             reduction *= stride
             shortcut = None
@@ -283,9 +262,7 @@ class CifarResNet(nn.Module):
             self.feature_info.append(dict(num_chs=out_chs, reduction=reduction, module=f'stages.{s}'))
         self.stages = nn.ModuleList(stages)
 
-        self.num_features = self.head_hidden_size = in_chs
-        self.head = ClassifierHead(in_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
+        self._set_head(num_classes, global_pool, drop_rate, **dd)
         self.init_weights()
 
     @torch.jit.ignore
@@ -306,87 +283,8 @@ class CifarResNet(nn.Module):
             return set()
         return {name for name, _ in self.named_parameters() if '.gate.' in name}
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regex patterns of parameter groups, by stage where `coarse`, else by block."""
-        blocks = [(r'^stages\.(\d+)\.blocks\.(\d+)', None), (r'^stages\.(\d+)\.(?:shortcut|fa)', (0,))]
-        return dict(stem=r'^conv1|bn1', blocks=r'^stages\.(\d+)' if coarse else blocks)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
-        return 'head.fc' if name_only else self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
-        self.head_hidden_size = self.head.num_features
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Features of the stem (index 0) and of the three stages.
-
-        Args:
-            x: (B, C, H, W).
-            indices: the last n if int, all if None, else these.
-            norm: no effect: every stage ends normalised.
-            stop_early: stop at the last index asked for.
-            output_fmt: 'NCHW' only.
-            intermediates_only: leave out the final features.
-        """
-        assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
-        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
-        intermediates = []
-        x = self.act1(self.bn1(self.conv1(x)))
-        if 0 in take_indices:
-            intermediates.append(x)
-        stage_ks: list[torch.Tensor] = []
-        for i, stage in enumerate(self.stages[:max_index] if stop_early else self.stages, 1):
-            x = stage(x, stage_ks)
-            if i in take_indices:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Drop the stages (and the head) that these intermediates do not need; returns their indices."""
-        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
-        prune_end = max_index < len(self.stages)
-        self.stages = self.stages[:max_index]
-        if prune_end:
-            # the head is sized for the final features, so it goes with them
-            self.num_features = self.head.in_features = self.feature_info[max_index]['num_chs']
-        if prune_head or prune_end:
-            self.reset_classifier(0, '')
-        return take_indices
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.act1(self.bn1(self.conv1(x)))
-        stage_ks: list[torch.Tensor] = []
-        for stage in self.stages:
-            x = stage(x, stage_ks)
-        return x
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act1(self.bn1(self.conv1(x)))
 
 
 #: The SPEM authors' parameter names (their gate lies in the block itself), ours beside them.
@@ -410,7 +308,8 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     return out
 
 
-def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs) -> CifarResNet:
+def create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs) -> CifarResNet:
+    """Build a registered variant; 64x64 inputs get a stem of stride 2."""
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     kwargs.setdefault('stem_stride', 2 if cfg.input_size[-1] == 64 else 1)
     return build_model_with_cfg(
@@ -433,18 +332,4 @@ _MODEL_ARGS = {
 
 default_cfgs = read_default_cfgs(_MODEL_ARGS, pool_size=(8, 8), first_conv='conv1', classifier='head.fc')
 
-
-def _entrypoint(name: str, model_args: dict[str, Any]):
-    def entrypoint(pretrained: bool = False, **kwargs) -> CifarResNet:
-        return _create_cifar_resnet(name, pretrained, **{**model_args, **kwargs})
-
-    gate = model_args['gate']
-    entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = (
-        f'ResNet-{model_args["depth"]} for small images, {model_args["block"]} blocks'
-        f'{f", {gate.upper()}" if gate else ""}. Keyword arguments as in `CifarResNet` and timm.create_model.'
-    )
-    return register_model(entrypoint)
-
-
-globals().update({name: _entrypoint(name, model_args) for name, model_args in _MODEL_ARGS.items()})
+register_models(__name__, create_cifar_resnet, _MODEL_ARGS)

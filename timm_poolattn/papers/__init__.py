@@ -26,10 +26,13 @@ def table_rows() -> list[dict[str, Any]]:
 
 def model_args(row: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `timm.create_model` for a row of `table_rows()`."""
-    args: dict[str, Any] = dict(model_name=f'{row["model"]}.{row["dataset"]}')
+    arch = row['model']
+    if arch in ('vgg19', 'inception_v4'):
+        arch = f'cifar_{arch}'  # timm owns the plain names
+    args: dict[str, Any] = dict(model_name=f'{arch}.{row["dataset"]}')
     if row['dataset'] == 'imagenet5':
-        args.update(model_name=row['model'], num_classes=5)
-    if row['paper'] == 'fa':
+        args.update(model_name=arch, num_classes=5)
+    if row['paper'] == 'fa' and arch.startswith('resnet'):
         args['flavour'] = 'fa'
     if 'se_ratio' in row:
         args['gate_kwargs'] = dict(rd_ratio=1 / row['se_ratio'])

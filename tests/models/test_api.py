@@ -1,0 +1,135 @@
+"""timm's model API on every family. timm's own tests cover more of it; these compare values."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from timm.models import group_parameters
+
+from timm_poolattn.models import FAMILIES
+
+NAMES = timm.list_models(module=FAMILIES)
+RESNETS = [name for name in NAMES if name.split('_')[0] in ('resnet20', 'resnet83')]
+OTHERS = [name for name in NAMES if not name.startswith('resnet')]
+ONE_OF_EACH = ['resnet20_saam', 'resnet20_fase', 'resnet83_spem', 'resnext29_fase', 'vgg19_fase']
+LARGE = ['inception_v4_fase']
+
+
+def small(name, **kwargs):
+    """Of the ResNets, one of a few blocks with the gate and flavour of `name`."""
+    return timm.create_model(name, **(dict(depth=20) if name in RESNETS else {}), **kwargs)
+
+
+def test_no_name_shadows_one_of_timm():
+    code = 'import timm; a = set(timm.list_models()); import timm_poolattn as p; print(*sorted(a))'
+    timm_names = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert not set(timm_names.stdout.split()) & set(NAMES) and 'resnet50' in timm_names.stdout.split()
+    assert 'Overwriting' not in timm_names.stderr
+
+
+@pytest.mark.parametrize('name', RESNETS + ONE_OF_EACH[3:] + LARGE)
+def test_model_api(name):
+    drop_path = dict(drop_path_rate=0.2) if name.startswith('res') else {}
+    model = small(name, num_classes=7, in_chans=1, drop_rate=0.1, **drop_path)
+    x = torch.randn(2, 1, 32, 32)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    features = model.forward_features(x)
+    size = 32 // model.feature_info[-1]['reduction'] * (3 if name in LARGE else 1)  # Inception pads to 96
+    assert features.shape == (2, model.num_features, size, size)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    torch.testing.assert_close(model.forward_head(features), model(x))
+    assert model.get_classifier() is model.get_submodule(model.get_classifier(name_only=True))
+
+    final, intermediates = model.forward_intermediates(x)
+    torch.testing.assert_close(final, features)
+    assert [f.shape[1] for f in intermediates] == [info['num_chs'] for info in model.feature_info]
+    padded = 96 if name in LARGE else 32
+    assert [padded // f.shape[2] for f in intermediates] == [info['reduction'] for info in model.feature_info]
+    only = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(only[0], intermediates[1])
+
+    model.reset_classifier(5, 'max')
+    assert model(x).shape == (2, 5) and model.num_classes == 5
+    model.reset_classifier(0, '')
+    assert model(x).shape == features.shape
+
+    assert model.prune_intermediate_layers(1) == [len(intermediates) - 1]
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1]
+    torch.testing.assert_close(model.forward_features(x), intermediates[1])
+    assert model.num_features == intermediates[1].shape[1]
+
+
+@pytest.mark.parametrize('name', RESNETS + ONE_OF_EACH[3:] + LARGE)
+def test_features_only(name):
+    model = small(name, features_only=True, out_indices=(1, 3))
+    outputs = model(torch.randn(2, 3, 96, 96))
+    assert [tuple(o.shape[1:]) for o in outputs] == [
+        (c, 96 // r, 96 // r)
+        for c, r in zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize('name', RESNETS + ONE_OF_EACH[3:] + LARGE)
+def test_scriptable(name):
+    model = small(name, scriptable=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.parametrize('name', ONE_OF_EACH + LARGE)
+def test_export(name):
+    model = small(name, exportable=True).eval()
+    batch = torch.export.Dim('batch', min=2)
+    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
+    x = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ONE_OF_EACH + LARGE)
+def test_grad_checkpointing_changes_nothing(name):
+    model = small(name).eval()
+    x = torch.randn(2, 3, 32, 32)
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize('name', ONE_OF_EACH + LARGE)
+def test_device_and_dtype(name):
+    model = small(name, device='meta', dtype=torch.float64)
+    assert all(p.is_meta and p.dtype == torch.float64 for p in model.parameters())
+    model = small(name, dtype=torch.float64).eval()
+    assert model(torch.randn(1, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_autocast_and_channels_last():
+    for name in ONE_OF_EACH:
+        model = small(name).eval()
+        x = torch.randn(2, 3, 32, 32)
+        expected = model(x)
+        model.to(memory_format=torch.channels_last)
+        x = x.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            assert model(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('coarse', [True, False])
+def test_group_matcher_covers_every_parameter(coarse):
+    for name in (*ONE_OF_EACH, *LARGE):
+        with torch.device('meta'):
+            model = small(name)
+        groups = group_parameters(model, model.group_matcher(coarse))
+        assert sorted(n for g in groups.values() for n in g) == sorted(n for n, _ in model.named_parameters())
+        if coarse:
+            assert len(groups) == 2 + len(model.stages)  # stem, stages, head
+        else:
+            assert len(groups) == 2 + sum(len(getattr(stage, 'blocks', [1])) for stage in model.stages)

@@ -1,0 +1,160 @@
+"""What the small-image networks share: stages with FA over blocks and stages, and timm's model API on top of them."""
+
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, get_device_dtype
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from torch import nn
+
+from ..layers import FocusAssociation, fa_weight
+
+
+class Stage(nn.Module):
+    """Blocks of one width.
+
+    With FA, blocks 1 ... n-1 carry a gate (`block.fa`), and so do all stages but the first (`self.fa`).
+
+    Args:
+        blocks: modules with forward(x, shortcut), of which the first gets the stage's shortcut, the others x itself.
+        shortcut: matches the stage's input to its output in shape.
+        fa: gate of the stage.
+        reduction: comes before all of this.
+    """
+
+    def __init__(
+        self,
+        blocks: list[nn.Module],
+        shortcut: nn.Module | None = None,
+        fa: FocusAssociation | None = None,
+        reduction: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.reduction = reduction or nn.Identity()
+        self.shortcut = shortcut or nn.Identity()
+        self.blocks = nn.ModuleList(blocks)
+        self.fa = fa
+        self.grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor, stage_ks: list[torch.Tensor]) -> torch.Tensor:
+        """The stage's output. `stage_ks` holds the earlier stages' k; a gated stage appends its own."""
+        x = self.reduction(x)
+        matched = self.shortcut(x)  # X of the stage
+        if self.fa is not None:
+            stage_ks.append(self.fa(matched, stage_ks))
+        block_ks: list[torch.Tensor] = []
+        shortcut = matched
+        for block in self.blocks:
+            if block.fa is not None:
+                block_ks.append(block.fa(x, block_ks))
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                u = checkpoint(block, x, shortcut)
+            else:
+                u = block(x, shortcut)
+            x = u if block.fa is None else fa_weight(x, u, block_ks[-1])
+            shortcut = x
+        return x if self.fa is None else fa_weight(matched, x, stage_ks[-1])
+
+
+class StagedNet(nn.Module):
+    """A stem, stages and a head, with timm's model API.
+
+    A subclass sets `stages`, a ModuleList of modules with `forward(x, stage_ks)` as `Stage` has it, `head`, and
+    `feature_info` (the stem's first), and defines `forward_stem` and `stem_pattern`, of the stem's parameter names.
+    """
+
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _set_head(self, num_classes: int, global_pool: str, drop_rate: float, device=None, dtype=None) -> None:
+        self.num_classes = num_classes
+        self.drop_rate = drop_rate
+        self.num_features = self.feature_info[-1]['num_chs']
+        self.head = ClassifierHead(
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype
+        )
+        self.head_hidden_size = self.head.num_features
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regex patterns of parameter groups, by stage where `coarse`, else by block."""
+        blocks = [(r'^stages\.(\d+)\.blocks\.(\d+)', None), (r'^stages\.(\d+)', (0,))]
+        return dict(stem=self.stem_pattern, blocks=r'^stages\.(\d+)' if coarse else blocks)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for module in self.stages.modules():
+            if hasattr(module, 'grad_checkpointing'):
+                module.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
+        return 'head.fc' if name_only else self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Features of the stem (index 0) and of the stages.
+
+        Args:
+            x: (B, C, H, W).
+            indices: the last n if int, all if None, else these.
+            norm: no effect: every stage ends normalised.
+            stop_early: stop at the last index asked for.
+            output_fmt: 'NCHW' only.
+            intermediates_only: leave out the final features.
+        """
+        assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
+        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
+        intermediates = []
+        x = self.forward_stem(x)
+        if 0 in take_indices:
+            intermediates.append(x)
+        stage_ks: list[torch.Tensor] = []
+        for i, stage in enumerate(self.stages[:max_index] if stop_early else self.stages, 1):
+            x = stage(x, stage_ks)
+            if i in take_indices:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop the stages (and the head) that these intermediates do not need; returns their indices."""
+        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
+        prune_end = max_index < len(self.stages)
+        self.stages = self.stages[:max_index]
+        if prune_end:
+            # the head is sized for the final features, so it goes with them
+            self.num_features = self.head.in_features = self.feature_info[max_index]['num_chs']
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.forward_stem(x)
+        stage_ks: list[torch.Tensor] = []
+        for stage in self.stages:
+            x = stage(x, stage_ks)
+        return x
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))

@@ -1,0 +1,164 @@
+"""Inception-v4 of the FA paper, for small images: timm's blocks with other paddings and kernels.
+
+Valid padding becomes same, the 7-kernels of Inception-B and Reduction-B become 5 (the stem keeps its own), and images
+smaller than 96x96 are zero-padded to that.
+
+Paper: `Inception-v4, Inception-ResNet and the Impact of Residual Connections on Learning`
+- https://arxiv.org/abs/1602.07261
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import ConvNormAct, create_attn, to_2tuple
+from timm.models import build_model_with_cfg
+from timm.models.inception_v4 import (
+    InceptionA,
+    InceptionB,
+    InceptionC,
+    Mixed3a,
+    Mixed4a,
+    Mixed5a,
+    ReductionA,
+    ReductionB,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from ..layers import GATES, FocusAssociation
+from ._base import Stage, StagedNet
+from ._cfg import read_default_cfgs, register_models
+
+__all__ = ['CifarInceptionV4']
+
+_STAGES = ((InceptionA, 4, 384), (InceptionB, 7, 1024), (InceptionC, 3, 1536))
+
+
+def _conv(in_chs: int, out_chs: int, kernel_size, stride: int = 1, padding=None, seven: int = 7, **dd) -> nn.Module:
+    """timm's ConvNormAct with same padding, whatever `padding` is asked for, and with `seven` for kernels of 7."""
+    kernel_size = tuple(seven if k == 7 else k for k in to_2tuple(kernel_size))
+    return ConvNormAct(
+        in_chs,
+        out_chs,
+        kernel_size,
+        stride=stride,
+        padding=tuple(k // 2 for k in kernel_size),
+        norm_kwargs=dict(eps=1e-3),
+        act_kwargs=dict(inplace=True),
+        **dd,
+    )
+
+
+class InceptionBlock(nn.Module):
+    """One of timm's Inception blocks and a gate behind it. It has no shortcut: `Stage` passes one to any block."""
+
+    def __init__(self, body: nn.Module, gate: nn.Module | None, fa: FocusAssociation | None) -> None:
+        super().__init__()
+        self.body = body
+        self.gate = gate or nn.Identity()
+        self.fa = fa
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        return self.gate(self.body(x))
+
+
+class CifarInceptionV4(StagedNet):
+    """Inception-v4 with an SE gate after each block, FA over blocks and stages, or both.
+
+    Args:
+        gate: 'se', 'fa', 'fase' or None. Default: None.
+        gate_kwargs: keyword arguments of the SE gate. Its ratio is 1/8 by default.
+        num_classes: 0 for no classifier. Default: 10.
+        in_chans: Default: 3.
+        global_pool: Default: 'avg'.
+        drop_rate: dropout before the classifier. Default: 0.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: an unknown gate.
+    """
+
+    stem_pattern = r'^stem'
+
+    def __init__(
+        self,
+        gate: str | None = None,
+        gate_kwargs: dict[str, Any] | None = None,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        drop_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        if gate not in (None, 'se', 'fa', 'fase'):
+            raise ValueError(f'unknown gate {gate!r}; CifarInceptionV4 carries se, fa, fase, or None')
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.in_chans = in_chans
+        self.image_size = 96  # what smaller images are padded to
+        has_fa = gate in ('fa', 'fase')
+        se = partial(GATES['se'], rd_ratio=1 / 8) if gate in ('se', 'fase') else None
+        se_kwargs = {**(gate_kwargs or {}), **dd}
+
+        self.stem = nn.Sequential(
+            _conv(in_chans, 32, kernel_size=3, stride=2, **dd),
+            _conv(32, 32, kernel_size=3, **dd),
+            _conv(32, 64, kernel_size=3, **dd),
+            Mixed3a(_conv, **dd),
+            Mixed4a(_conv, **dd),
+            Mixed5a(_conv, **dd),
+        )
+        self.feature_info = [dict(num_chs=384, reduction=8, module='stem')]
+        small_conv = partial(_conv, seven=5)
+        stages = []
+        for s, (block, count, width) in enumerate(_STAGES):
+            blocks = [
+                InceptionBlock(
+                    block(small_conv, **dd),
+                    gate=create_attn(se, width, **se_kwargs),
+                    fa=FocusAssociation(width, i, **dd) if has_fa and i else None,
+                )
+                for i in range(count)
+            ]
+            reduction = (None, ReductionA, ReductionB)[s]
+            stages.append(
+                Stage(
+                    blocks,
+                    fa=FocusAssociation(width, s, **dd) if has_fa and s else None,
+                    reduction=reduction(small_conv, **dd) if reduction else None,
+                )
+            )
+            self.feature_info.append(dict(num_chs=width, reduction=8 * 2**s, module=f'stages.{s}'))
+        self.stages = nn.ModuleList(stages)
+        for m in self.modules():
+            if isinstance(m, nn.MaxPool2d):
+                m.padding = 1  # same, where timm's blocks have valid
+        self._set_head(num_classes, global_pool, drop_rate, **dd)
+
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        h, w = max(self.image_size - x.shape[2], 0), max(self.image_size - x.shape[3], 0)
+        return self.stem(F.pad(x, [w // 2, w - w // 2, h // 2, h - h // 2]))
+
+
+def create_cifar_inception_v4(variant: str, pretrained: bool = False, **kwargs) -> CifarInceptionV4:
+    """Build a registered variant."""
+    return build_model_with_cfg(
+        CifarInceptionV4,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
+        **kwargs,
+    )
+
+
+_MODEL_ARGS = {
+    f'inception_v4_{gate}' if gate else 'cifar_inception_v4': dict(gate=gate)  # timm owns the name inception_v4
+    for gate in (None, 'se', 'fa', 'fase')
+}
+
+default_cfgs = read_default_cfgs(_MODEL_ARGS, pool_size=(3, 3), first_conv='stem.0.conv', classifier='head.fc')
+
+register_models(__name__, create_cifar_inception_v4, _MODEL_ARGS)
