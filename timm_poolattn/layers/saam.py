@@ -64,7 +64,7 @@ class SAAM(nn.Module):
         check_channels(x, self.channels, 'SAAM')
         u = self.conv(x.mean(1, keepdim=True))  # Eq. 5, 6
         # a score that overflows float16 would turn the softmax into NaN: take the largest finite number instead
-        u = torch.nan_to_num(u, nan=float('nan'))
+        u = torch.nan_to_num(u)
         return u.flatten(2).softmax(dim=-1).view_as(u)  # Eq. 7
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

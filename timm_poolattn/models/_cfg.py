@@ -35,11 +35,12 @@ def released() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(hub_configs_dir().glob('*/config.json'))}
 
 
-def read_default_cfgs(archs: Iterable[str], **cfg) -> dict[str, Any]:
+def read_default_cfgs(archs: Iterable[str], pool_size: Callable[[int], int], **cfg) -> dict[str, Any]:
     """timm's default_cfgs for `archs`, one tag for each of `DATASETS`, each overlaid by its release folder if any.
 
     Args:
         archs: model names without a tag.
+        pool_size: side of the map before global pooling, by the side of the image.
         **cfg: what all of them share, as in timm's PretrainedCfg.
     """
     folders = released()
@@ -47,7 +48,8 @@ def read_default_cfgs(archs: Iterable[str], **cfg) -> dict[str, Any]:
     for arch in archs:
         for tag, dataset in DATASETS.items():
             name = f'{arch}.{tag}'
-            cfgs[name] = dict(interpolation='bicubic', crop_pct=1.0, **dataset, **cfg)
+            side = pool_size(dataset['input_size'][-1])
+            cfgs[name] = dict(interpolation='bicubic', crop_pct=1.0, pool_size=(side, side), **dataset, **cfg)
             if name in folders:
                 config = json.loads((folders[name] / 'config.json').read_text())
                 cfgs[name].update(config['pretrained_cfg'], label_names=tuple(config['label_names']))

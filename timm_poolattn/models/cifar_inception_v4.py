@@ -159,6 +159,6 @@ _MODEL_ARGS = {
     for gate in (None, 'se', 'fa', 'fase')
 }
 
-default_cfgs = read_default_cfgs(_MODEL_ARGS, pool_size=(3, 3), first_conv='stem.0.conv', classifier='head.fc')
+default_cfgs = read_default_cfgs(_MODEL_ARGS, pool_size=lambda _: 3, first_conv='stem.0.conv', classifier='head.fc')
 
 register_models(__name__, create_cifar_inception_v4, _MODEL_ARGS)

@@ -13,6 +13,6 @@ _MODEL_ARGS = {
     for gate in (None, 'se', 'fa', 'fase')
 }
 
-default_cfgs = read_default_cfgs(_MODEL_ARGS, pool_size=(8, 8), first_conv='conv1', classifier='head.fc')
+default_cfgs = read_default_cfgs(_MODEL_ARGS, pool_size=lambda _: 8, first_conv='conv1', classifier='head.fc')
 
 register_models(__name__, create_cifar_resnet, _MODEL_ARGS)

@@ -158,6 +158,8 @@ _MODEL_ARGS = {
     for gate in (None, 'se', 'fa', 'fase')
 }
 
-default_cfgs = read_default_cfgs(_MODEL_ARGS, pool_size=(1, 1), first_conv='stem.body.0', classifier='head.fc')
+default_cfgs = read_default_cfgs(
+    _MODEL_ARGS, pool_size=lambda side: side // 32, first_conv='stem.body.0', classifier='head.fc'
+)
 
 register_models(__name__, create_cifar_vgg, _MODEL_ARGS)

@@ -1,0 +1,64 @@
+"""timm's own test_models.py, from the source distribution of the installed timm, on our models."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+
+from timm_poolattn.models import FAMILIES
+
+ROOT = Path(__file__).parents[2]
+MARKERS = 'base or cfg or torchscript or features or fxforward or fxbackward or forward or backward'
+ALL = timm.list_models(module=FAMILIES)
+#: Every gate, and every family and block at least once.
+DEFAULT = [n for n in ALL if n.startswith('resnet20')] + [
+    'resnet56_saam',
+    'resnet83_spem',
+    'resnext29_fa',
+    'vgg19_fase',
+]
+
+
+@pytest.fixture(scope='module')
+def suite(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('timm')
+    download = ['download', '-q', '--no-deps', '--no-binary', 'timm', f'timm=={timm.__version__}', '-d', str(folder)]
+    done = subprocess.run([sys.executable, '-m', 'pip', *download], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f'no source distribution of timm {timm.__version__} from the package index: {done.stderr[-300:]}')
+    (archive,) = folder.glob('timm-*.tar.gz')
+    with tarfile.open(archive) as tar:
+        member = tar.getmember(f'timm-{timm.__version__}/tests/test_models.py')
+        (folder / 'test_models.py').write_bytes(tar.extractfile(member).read())
+    return folder / 'test_models.py'
+
+
+def run(suite, names, timeout):
+    markers = ''.join(f'\n    {m}:' for m in [*MARKERS.split(' or '), 'cfg_nonstd'])
+    (suite.parent / 'pytest.ini').write_text(f'[pytest]\nmarkers ={markers}\n')
+    env = {
+        **os.environ,
+        'PYTHONPATH': f'{ROOT}{os.pathsep}{Path(__file__).parent}',
+        'TIMM_POOLATTN_NAMES': ' '.join(names),
+    }
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'ours', '-p', 'no:cacheprovider', '-m', MARKERS, suite.name]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=suite.parent, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    passed = int(re.search(r'(\d+) passed', done.stdout)[1])
+    assert 'failed' not in done.stdout and passed >= 9 * len(names), done.stdout[-2000:]
+
+
+@pytest.mark.timeout(900)
+def test_small_and_middle_sized(suite):
+    run(suite, DEFAULT, 900)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_all(suite):
+    run(suite, ALL, 7200)
