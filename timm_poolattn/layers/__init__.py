@@ -1,6 +1,6 @@
 from .cbam import CBAM
 from .create_gate import GATES, create_gate
-from .focus_association import Association, Focus, FocusAssociation, fa_weight
+from .focus_association import Association, Focus, FocusAssociation, fa_weight, fa_weight_unskipped
 from .saam import SAAM
 from .sge import SGE
 from .spem import REWEIGHT_FORMS, SPEM
@@ -19,4 +19,5 @@ __all__ = [
     'FocusAssociation',
     'create_gate',
     'fa_weight',
+    'fa_weight_unskipped',
 ]

@@ -8,6 +8,8 @@ k_i is known before block i runs, and `fa_weight` gives X_{i+1}. Each stage star
 gated once more in the same way (Fig. 4). `timm_poolattn.models.cifar_resnet.Stage` wires both.
 """
 
+from collections.abc import Callable
+
 import torch
 from timm.layers import make_divisible
 from torch import nn
@@ -114,3 +116,28 @@ class FocusAssociation(nn.Module):
 def fa_weight(x: torch.Tensor, u: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """X_{i+1} = X_i + (U_i - X_i) k_i, Eq. 9. Shapes: x and u (B, C, H, W), k (B, 1) -> (B, C, H, W)."""
     return torch.lerp(x, u, k.to(x.dtype)[:, :, None, None])
+
+
+def fa_weight_unskipped(
+    x: torch.Tensor,
+    k: torch.Tensor,
+    run: Callable[[torch.Tensor | slice], torch.Tensor],
+    threshold: float,
+    per_sample: bool = True,
+) -> torch.Tensor:
+    """Eq. 9 with k_i below `threshold` taken as 0: there X_{i+1} = X_i (Eq. 12), and the block does not run.
+
+    Args:
+        x: X_i, (B, C, H, W).
+        k: k_i, (B, 1).
+        run: U_i of the samples that it is given the indices of.
+        threshold: in [0, 1].
+        per_sample: run the samples above the threshold alone. Default: True. False: run all of them or none.
+    """
+    active = (k >= threshold).flatten()
+    if not active.any():
+        return x
+    if active.all() or not per_sample:
+        return fa_weight(x, run(slice(None)), k)
+    index = active.nonzero().flatten()
+    return x.index_copy(0, index, fa_weight(x[index], run(index), k[index]))

@@ -8,7 +8,7 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from ..layers import FocusAssociation, fa_weight
+from ..layers import FocusAssociation, fa_weight, fa_weight_unskipped
 
 
 class Stage(nn.Module):
@@ -36,25 +36,47 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.fa = fa
         self.grad_checkpointing = False
+        self.skip_threshold = 0.0
+        self.skip_per_sample = True
 
     def forward(self, x: torch.Tensor, stage_ks: list[torch.Tensor]) -> torch.Tensor:
         """The stage's output. `stage_ks` holds the earlier stages' k; a gated stage appends its own."""
         x = self.reduction(x)
         matched = self.shortcut(x)  # X of the stage
-        if self.fa is not None:
-            stage_ks.append(self.fa(matched, stage_ks))
-        block_ks: list[torch.Tensor] = []
-        shortcut = matched
-        for block in self.blocks:
+        if self.fa is None:
+            return self.run_blocks(x, matched)
+        k = self.fa(matched, stage_ks)
+        stage_ks.append(k)
+        if not torch.jit.is_scripting() and self.skip_threshold > 0 and not self.training:
+            return self._run_unskipped(x, matched, k)
+        return fa_weight(matched, self.run_blocks(x, matched), k)
+
+    def run_blocks(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        """U of the stage."""
+        ks: list[torch.Tensor] = []
+        for i, block in enumerate(self.blocks):
             if block.fa is not None:
-                block_ks.append(block.fa(x, block_ks))
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                u = checkpoint(block, x, shortcut)
+                ks.append(block.fa(x, ks))
+            if not torch.jit.is_scripting() and self.skip_threshold > 0 and not self.training and block.fa is not None:
+                x = self._run_block_unskipped(i, x, ks[-1])
             else:
-                u = block(x, shortcut)
-            x = u if block.fa is None else fa_weight(x, u, block_ks[-1])
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    u = checkpoint(block, x, shortcut)
+                else:
+                    u = block(x, shortcut)
+                x = u if block.fa is None else fa_weight(x, u, ks[-1])
             shortcut = x
-        return x if self.fa is None else fa_weight(matched, x, stage_ks[-1])
+        return x
+
+    @torch.jit.unused
+    def _run_unskipped(self, x: torch.Tensor, matched: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        run = lambda index: self.run_blocks(x[index], matched[index])  # noqa: E731
+        return fa_weight_unskipped(matched, k, run, self.skip_threshold, self.skip_per_sample)
+
+    @torch.jit.unused
+    def _run_block_unskipped(self, i: int, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        run = lambda index: self.blocks[i](x[index], x[index])  # noqa: E731
+        return fa_weight_unskipped(x, k, run, self.skip_threshold, self.skip_per_sample)
 
 
 class StagedNet(nn.Module):
@@ -87,6 +109,27 @@ class StagedNet(nn.Module):
         for module in self.stages.modules():
             if hasattr(module, 'grad_checkpointing'):
                 module.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_skip_threshold(self, threshold: float, per_sample: bool = True) -> None:
+        """In evaluation, skip blocks and stages whose k (FA, Eq. 8) falls below `threshold`.
+
+        Args:
+            threshold: in [0, 1]. 0 is exactly the plain forward.
+            per_sample: skip them for the samples below it, which runs the others gathered in a smaller batch.
+                Default: True. False: only where the whole batch is below it.
+
+        Raises:
+            ValueError: a threshold outside [0, 1], or a model without FA.
+        """
+        if not 0 <= threshold <= 1:
+            raise ValueError(f'threshold={threshold} must lie in [0, 1]')
+        if not any(isinstance(module, FocusAssociation) for module in self.stages.modules()):
+            raise ValueError('nothing to skip: the model has no FA gates; *_fa and *_fase models have')
+        for module in self.stages.modules():
+            if hasattr(module, 'skip_threshold'):
+                module.skip_threshold = float(threshold)
+                module.skip_per_sample = per_sample
 
     @torch.jit.ignore
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:

@@ -13,7 +13,7 @@ from timm.layers import LayerType, create_attn, get_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, checkpoint
 from torch import nn
 
-from ..layers import GATES, FocusAssociation, fa_weight
+from ..layers import GATES, FocusAssociation, fa_weight, fa_weight_unskipped
 from ._base import StagedNet
 from ._cfg import read_default_cfgs, register_models
 
@@ -54,15 +54,24 @@ class VggBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_chs, width, 1, stride=2, **dd) if fa is not None else nn.Identity()
         self.fa = fa
         self.grad_checkpointing = False
+        self.skip_threshold = 0.0
+        self.skip_per_sample = True
 
     def forward(self, x: torch.Tensor, stage_ks: list[torch.Tensor]) -> torch.Tensor:
         if self.fa is not None:
             stage_ks.append(self.fa(x, stage_ks))
+            if not torch.jit.is_scripting() and self.skip_threshold > 0 and not self.training:
+                return self._run_unskipped(x, stage_ks[-1])
         if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108  TorchScript takes no such ternary
             u = checkpoint(self.body, x)
         else:
             u = self.body(x)
         return u if self.fa is None else fa_weight(self.shortcut(x), u, stage_ks[-1])
+
+    @torch.jit.unused
+    def _run_unskipped(self, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        run = lambda index: self.body(x[index])  # noqa: E731
+        return fa_weight_unskipped(self.shortcut(x), k, run, self.skip_threshold, self.skip_per_sample)
 
 
 class CifarVgg(StagedNet):
