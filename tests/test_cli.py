@@ -39,15 +39,26 @@ def trained(tmp_path):
 
 class TestList:
     def test_filter(self):
-        rows = json.loads(run('list', 'resnet20_*a*m*', '--json').output)
+        rows = json.loads(run('list', 'resnet20_*a*m*', '--json').stdout)
         assert [r['model'] for r in rows] == ['resnet20_cbam', 'resnet20_saam', 'resnet20_saam2', 'resnet20_saam4']
         assert [r['gate'] for r in rows] == ['cbam', 'saam', 'saam2', 'saam4']
         assert rows[1]['parameters'] == 281051
 
     def test_table(self):
         lines = run('list', 'resnet20_saam').output.splitlines()
-        assert lines[0].split() == ['model', 'gate', 'parameters', 'top-1', '(%)']
-        assert lines[1].split()[:3] == ['resnet20_saam', 'saam', '281,051']
+        assert lines[0].split() == ['model', 'family', 'gate', 'parameters', 'top-1', '(%)']
+        assert lines[1].split()[:4] == ['resnet20_saam', 'cifar_resnet', 'saam', '281,051']
+
+    def test_multiply_adds(self):
+        """What a module adds is what the SAAM paper's FLOPs column says: 0.01 SE, 0.11 SAAM, 0.21 CBAM (in 10^6)."""
+        rows = {r['gate']: r['multiply_adds'] for r in list_models('resnet20*', macs=True)}
+        added = {gate: (rows[gate] - rows[None]) / 1e6 for gate in ('se', 'saam', 'cbam')}
+        assert added == pytest.approx(dict(se=0.01, saam=0.11, cbam=0.21), abs=0.01)
+
+    def test_gates_and_families(self):
+        rows = {r['model']: (r['family'], r['gate']) for r in list_models('*v*')}
+        assert rows['inception_v4_fa'] == ('cifar_inception_v4', 'fa')
+        assert rows['cifar_vgg19'] == ('cifar_vgg', None)
 
     def test_no_match(self):
         assert "no model matches 'alexnet'" in fails('list', 'alexnet')
@@ -65,7 +76,7 @@ class TestPredict:
     def test_any_size_and_mode(self, trained, tmp_path, mode, size, suffix):
         path = tmp_path / f'image.{suffix}'
         Image.new(mode, size).save(path)
-        (result,) = json.loads(run('predict', path, '--model', trained, '--json').output)
+        (result,) = json.loads(run('predict', path, '--model', trained, '--json').stdout)
         assert result['image'] == str(path)
         assert sorted(p['label'] for p in result['predictions']) == ['cat', 'dog']
         assert sum(p['probability'] for p in result['predictions']) == pytest.approx(1)
@@ -82,7 +93,7 @@ class TestPredict:
         pixels = torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1).float() / 255
         mean, std = (torch.tensor(model.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean', 'std'))
         expected = model(((pixels - mean) / std)[None]).softmax(1).max().item()
-        (result,) = json.loads(run('predict', path, '--model', trained, '--json').output)
+        (result,) = json.loads(run('predict', path, '--model', trained, '--json').stdout)
         assert result['predictions'][0]['probability'] == pytest.approx(expected, rel=1e-4)
 
     def test_mistakes(self, trained, tmp_path):
@@ -108,7 +119,7 @@ class TestPredict:
 
 class TestValidate:
     def test_accuracy(self, trained, image_folder):
-        result = json.loads(run('validate', '--model', trained, '--data-dir', image_folder, '--json').output)
+        result = json.loads(run('validate', '--model', trained, '--data-dir', image_folder, '--json').stdout)
         model = timm.create_model(trained, pretrained=True).eval()
         hits = 0
         mean, std = (torch.tensor(model.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean', 'std'))
@@ -120,9 +131,9 @@ class TestValidate:
 
     def test_classes_are_matched_by_name(self, trained, image_folder):
         (image_folder / 'test' / 'cat').rename(image_folder / 'cat')
-        only_dogs = json.loads(run('validate', '--model', trained, '--data-dir', image_folder, '--json').output)
+        only_dogs = json.loads(run('validate', '--model', trained, '--data-dir', image_folder, '--json').stdout)
         (image_folder / 'test' / 'dog').rename(image_folder / 'test' / 'cat')
-        as_cats = json.loads(run('validate', '--model', trained, '--data-dir', image_folder, '--json').output)
+        as_cats = json.loads(run('validate', '--model', trained, '--data-dir', image_folder, '--json').stdout)
         assert only_dogs['top1'] + as_cats['top1'] == 100
 
     def test_mistakes(self, trained, image_folder):
@@ -157,8 +168,24 @@ def test_train_without_script(monkeypatch, tmp_path):
 
 
 def test_bench_import():
-    result = json.loads(run('bench', 'import', '--runs', 1, '--json').output)
+    result = json.loads(run('bench', 'import', '--runs', 1, '--json').stdout)
     assert result.keys() == {'timm_ms', 'timm_poolattn_ms', 'ratio'} and all(v > 0 for v in result.values())
+
+
+def test_bench_skip(image_folder, tmp_path, trained):
+    from timm.models import save_for_hf
+
+    model = timm.create_model('resnet20_fa', num_classes=2)
+    labels = dict(label_names=['cat', 'dog'])
+    save_for_hf(model, tmp_path / 'fa', model_config=labels, safe_serialization=True)
+    name = f'local-dir:{tmp_path / "fa"}'
+    rows = json.loads(run('bench', 'skip', '--model', name, '--data-dir', image_folder, '--json').stdout)
+    assert [r['threshold'] for r in rows][:2] == [0.0, 0.1]
+    assert rows[0]['blocks_run'] == 1 and rows[0]['speedup'] == 1
+    assert rows[-1]['blocks_run'] == pytest.approx(1 / 9)  # an untrained k lies far below 0.9: all but block 0 go
+    validated = json.loads(run('validate', '--model', name, '--data-dir', image_folder, '--json').stdout)
+    assert rows[0]['top1'] == validated['top1']
+    assert 'no FA gates' in fails('bench', 'skip', '--model', trained, '--data-dir', image_folder)
 
 
 def test_help():

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from .hub import paper_top1
@@ -21,23 +22,45 @@ def released_results() -> dict[str, dict[str, Any]]:
     return {name: json.loads((folder / 'results.json').read_text()) for name, folder in released().items()}
 
 
-def list_models(filter: str = '') -> list[dict[str, Any]]:
-    """Our models, in order of name.
+def multiply_adds(model: torch.nn.Module) -> int:
+    """Multiply-adds of the convolutions and linear layers for one image of the model's own size.
+
+    This is what the SAAM paper's FLOPs column adds for a module: no pooling, no element-wise operation.
+
+    Args:
+        model: on any device, 'meta' too; put into evaluation mode.
+    """
+    parameter = next(model.parameters())
+    image = torch.empty(1, *model.pretrained_cfg['input_size'], device=parameter.device, dtype=parameter.dtype)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    counts = counter.get_flop_counts()['Global']
+    return sum(n for op, n in counts.items() if str(op) in ('aten.convolution', 'aten.addmm', 'aten.mm')) // 2
+
+
+def list_models(filter: str = '', macs: bool = False) -> list[dict[str, Any]]:
+    """Our models, by family and in order of name.
 
     Args:
         filter: a name or a pattern as in timm.list_models. Default: all.
+        macs: count multiply-adds too, which takes up to seconds for a deep model. Default: False.
 
     Returns:
-        For each `model`, `gate` (None for none), `parameters`, and `top1` in % by tag, of those trained.
+        For each `model`, `family`, `gate` (None for none), `parameters`, `multiply_adds` where `macs`, and `top1` in %
+        by tag, of those trained.
     """
-    names = timm.list_models(filter, module=FAMILIES)
     results = released_results()
+    names = [(family, name) for family in FAMILIES for name in timm.list_models(filter, module=family)]
     rows = []
-    for name in tqdm(names, desc='counting parameters', delay=1, leave=False):
+    for family, name in tqdm(names, desc='counting', unit='model', delay=1, leave=False):
         with torch.device('meta'):  # no memory, no initialisation
-            parameters = sum(p.numel() for p in timm.create_model(name).parameters())
-        top1 = {r['tag']: r['test']['top1'] for r in results.values() if r['model'] == name}
-        rows.append(dict(model=name, gate=name.partition('_')[2] or None, parameters=parameters, top1=top1))
+            model = timm.create_model(name)
+        row: dict[str, Any] = dict(model=name, family=family, gate=model.gate)
+        row['parameters'] = sum(p.numel() for p in model.parameters())
+        if macs:
+            row['multiply_adds'] = multiply_adds(model)
+        row['top1'] = {r['tag']: r['test']['top1'] for r in results.values() if r['model'] == name}
+        rows.append(row)
     return rows
 
 

@@ -50,21 +50,27 @@ def main() -> None:
 
 @main.command('list')
 @click.argument('filter', default='')
+@click.option('--macs', is_flag=True, help='Count multiply-adds too: seconds for a deep model.')
 @json_option
-def list_(filter: str, as_json: bool) -> None:
-    """List models: gate, parameters, and top-1 accuracy where trained. FILTER is a name or a pattern: '*_saam'."""
+def list_(filter: str, macs: bool, as_json: bool) -> None:
+    """List models: family, gate, parameters, and top-1 accuracy where trained. FILTER is a name or a pattern."""
     from .catalog import list_models
 
-    rows = list_models(filter)
+    rows = list_models(filter, macs)
     if not rows:
         raise _Error(f"no model matches {filter!r}; try `poolattn list '*{filter.strip('*')}*'`")
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    click.echo(f'{"model":<28}{"gate":<7}{"parameters":>12}  top-1 (%)')
+    macs_title = f'{"Mmult-adds":>12}' if macs else ''
+    click.echo(f'{"model":<20}{"family":<20}{"gate":<7}{"parameters":>12}{macs_title}  top-1 (%)')
     for row in rows:
+        count = f'{row["multiply_adds"] / 1e6:>12.2f}' if macs else ''
         accuracy = '  '.join(f'{tag} {top1:.2f}' for tag, top1 in row['top1'].items())
-        click.echo(f'{row["model"]:<28}{row["gate"] or "-":<7}{row["parameters"]:>12,}  {accuracy}'.rstrip())
+        line = (
+            f'{row["model"]:<20}{row["family"]:<20}{row["gate"] or "-":<7}{row["parameters"]:>12,}{count}  {accuracy}'
+        )
+        click.echo(line.rstrip())
 
 
 @main.command()
@@ -174,6 +180,34 @@ def bench_import(runs: int, as_json: bool) -> None:
         click.echo(
             f'import timm {result["timm_ms"]:.0f} ms, import timm_poolattn after it'
             f' {result["timm_poolattn_ms"]:.0f} ms (x{result["ratio"]:.3f}); medians of {runs} processes'
+        )
+
+
+@bench.command('skip')
+@click.option('--model', 'name', required=True, help='A trained *_fa or *_fase model.')
+@click.option('--data-dir', required=True, type=click.Path(), help="A folder or tar by class, or --dataset's root.")
+@click.option('--dataset', default='', help='torch/cifar10 or torch/cifar100. Default: a folder or a tar.')
+@click.option('--split', default='test', show_default=True)
+@click.option('--per-sample/--per-batch', default=True, help='Skip for single images, or for whole batches.')
+@click.option('--batch-size', type=click.IntRange(1), default=500, show_default=True)
+@device_option
+@json_option
+def bench_skip(name, data_dir, dataset, split, per_sample, batch_size, device, as_json: bool) -> None:
+    """FA as adaptive computation: threshold against accuracy, blocks run and images/s."""
+    from .bench import bench_skip
+    from .data import load_images
+    from .inference import load_pretrained
+
+    model, data = load_pretrained(name), load_images(data_dir, split, name=dataset)
+    rows = bench_skip(model, data, per_sample=per_sample, batch_size=batch_size, device=_default_device(device))
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    click.echo('threshold  top-1 (%)  blocks run  images/s  to plain')
+    for row in rows:
+        click.echo(
+            f'{row["threshold"]:9.2f}  {row["top1"]:9.2f}  {row["blocks_run"]:10.1%}  {row["images_per_s"]:8.0f}'
+            f'  {row["speedup"]:7.2f}x'
         )
 
 

@@ -98,6 +98,7 @@ class CifarInceptionV4(StagedNet):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.in_chans = in_chans
+        self.gate = gate
         self.image_size = 96  # what smaller images are padded to
         has_fa = gate in ('fa', 'fase')
         se = partial(GATES['se'], rd_ratio=1 / 8) if gate in ('se', 'fase') else None

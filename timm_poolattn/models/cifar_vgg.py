@@ -115,6 +115,7 @@ class CifarVgg(StagedNet):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.in_chans = in_chans
+        self.gate = gate
         act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
         has_fa = gate in ('fa', 'fase')
         se = partial(GATES['se'], rd_ratio=1 / 4) if gate in ('se', 'fase') else None
