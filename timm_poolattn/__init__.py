@@ -1,5 +1,6 @@
 """Pooling-based attention for timm. Importing the package registers its models with timm's factory."""
 
+from .insert import insert, remove
 from .layers import CBAM, SAAM, SGE, SPEM, SRM, Association, Focus, FocusAssociation, create_gate
 from .models import CifarInceptionV4, CifarResNet, CifarVgg
 
@@ -17,4 +18,6 @@ __all__ = [
     'Focus',
     'FocusAssociation',
     'create_gate',
+    'insert',
+    'remove',
 ]
