@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from timm_poolattn.training import read_summary
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -76,6 +78,9 @@ def test_repeats_and_resumes(train_script, image_folder, tmp_path):
         (tmp_path / name).mkdir()
         for run in runs:
             train(train_script, tmp_path / name, *run, env={'OMP_NUM_THREADS': '1'})
+    assert [row['epoch'] for row in read_summary(tmp_path / 'resumed' / 'run')] == [0, 1]
+    run = json.loads((tmp_path / 'resumed' / 'run' / 'run.json').read_text())
+    assert run['arguments']['epochs'] == 2 and run['resumed'][0]['arguments']['epochs'] == 1
     whole = weights(tmp_path / 'whole')
     for name in ('again', 'resumed'):
         other = weights(tmp_path / name)
@@ -155,3 +160,11 @@ def test_stock_timm_trains_our_models(train_script, image_folder, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(summary(tmp_path)) == 1
+
+
+def test_summary_of_a_resumed_run(tmp_path):
+    """timm appends a second header, and an epoch whose checkpoint was not yet written comes again."""
+    lines = ['epoch,eval_top1', '0,50.0', '1,60.0', 'epoch,eval_top1', '1,61.0', '2,70.0']
+    (tmp_path / 'summary.csv').write_text('\n'.join(lines) + '\n')
+    rows = read_summary(tmp_path)
+    assert rows == [dict(epoch=e, eval_top1=t) for e, t in ((0, 50.0), (1, 61.0), (2, 70.0))]

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,8 @@ def load_images(
         return _load_torchvision(name, root, split, download, img_mode)
     if root.is_dir():
         listing, base = _list_folder(root, split)
-        return _load_cached(base, split, img_mode, listing, lambda: ((base / f[0]).read_bytes() for f in listing.files))
+        read = lambda: ((i, (base / name).read_bytes()) for i, (name, *_) in enumerate(listing.files))  # noqa: E731
+        return _load_cached(base, split, img_mode, listing, read)
     if not root.exists():
         raise FileNotFoundError(f'{root}: no such folder or tar file')
     if not tarfile.is_tarfile(root):
@@ -103,9 +105,10 @@ def load_images(
     with tarfile.open(root) as tar:
         members = {m.name: m for m in tar if m.isfile()}
         listing = _list_tar(root, members, split)
-        return _load_cached(
-            root, split, img_mode, listing, lambda: (tar.extractfile(members[f[0]]).read() for f in listing.files)
-        )
+        # in the archive's order, for a compressed one can only be read forwards
+        order = sorted(enumerate(members[name] for name, *_ in listing.files), key=lambda item: item[1].offset)
+        read = lambda: ((i, tar.extractfile(member).read()) for i, member in order)  # noqa: E731
+        return _load_cached(root, split, img_mode, listing, read)
 
 
 def _load_torchvision(name: str, root: Path, split: str, download: bool, img_mode: str) -> ImageData:
@@ -178,34 +181,37 @@ def _load_cached(base: Path, split: str, img_mode: str, listing: _Listing, read)
     return data
 
 
-def _decode(blobs: Iterator[bytes], listing: _Listing, img_mode: str, where: str) -> torch.Tensor:
-    def decode(item: tuple[tuple, bytes]) -> np.ndarray:
-        (name, *_), blob = item
+def _decode(blobs: Iterator[tuple[int, bytes]], listing: _Listing, img_mode: str, where: str) -> torch.Tensor:
+    """Images from the bytes of each file, which come with its index in `listing`."""
+
+    def decode(item: tuple[int, bytes]) -> np.ndarray:
+        i, blob = item
         try:
             with Image.open(io.BytesIO(blob)) as image:
                 return np.asarray(image.convert(img_mode))
         except Exception as e:  # PIL raises a dozen kinds
+            name = listing.files[i][0]
             raise ValueError(f'{where}: {name} cannot be decoded as an image ({e}); repair or remove it') from e
 
     out = None
-    with ThreadPoolExecutor() as pool:
-        items = zip(listing.files, blobs, strict=True)
-        chunks = iter(lambda: [item for _, item in zip(range(1024), items, strict=False)], [])
-        with tqdm(total=len(listing.files), desc=f'decoding {where}', unit='image', delay=1) as progress:
-            done = 0
-            for chunk in chunks:
-                for (name, *_), image in zip((f for f, _ in chunk), pool.map(decode, chunk), strict=True):
-                    if out is None:
-                        first, shape = name, image.shape
-                        out = np.empty((len(listing.files), *shape), np.uint8)
-                    elif image.shape != shape:
-                        raise ValueError(
-                            f'{where}: images of mixed size: {first} is {shape[1]}x{shape[0]}, {name} is'
-                            f' {image.shape[1]}x{image.shape[0]}; resize them, or use --no-resident'
-                        )
-                    out[done] = image
-                    done += 1
-                progress.update(len(chunk))
+    chunks = iter(lambda: list(islice(blobs, 1024)), [])
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=len(listing.files), desc=f'decoding {where}', unit='image', delay=1) as progress,
+    ):
+        for chunk in chunks:
+            for (i, _), image in zip(chunk, pool.map(decode, chunk), strict=True):
+                name = listing.files[i][0]
+                if out is None:
+                    first, shape = name, image.shape
+                    out = np.empty((len(listing.files), *shape), np.uint8)
+                elif image.shape != shape:
+                    raise ValueError(
+                        f'{where}: images of mixed size: {first} is {shape[1]}x{shape[0]}, {name} is'
+                        f' {image.shape[1]}x{image.shape[0]}; resize them, or use --no-resident'
+                    )
+                out[i] = image
+            progress.update(len(chunk))
     out = torch.from_numpy(out)
     return out if out.ndim == 4 else out.unsqueeze(-1)
 

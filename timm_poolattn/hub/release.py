@@ -1,7 +1,6 @@
 """From a training run to a release folder: the Hub repository, byte for byte."""
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from ..data import load_images
 from ..inference import evaluate
 from ..models import DATASETS, hub_configs_dir
 from ..papers import table_rows
+from ..training import read_summary
 
 #: What a card says of a gate, in two sentences at most.
 GATE_NOTES = dict(
@@ -88,8 +88,7 @@ def release(run_dir: str | Path, tag: str, *, data_dir: str | Path | None = None
 
 
 def _results(run_dir: Path, arch: str, tag: str, model: torch.nn.Module, measured: dict[str, float]) -> dict[str, Any]:
-    with open(run_dir / 'summary.csv', newline='') as f:
-        curve = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    curve = read_summary(run_dir)
     best = max(curve, key=lambda row: row['eval_top1'])
     return dict(
         model=arch,
@@ -114,6 +113,12 @@ def paper_top1(arch: str, dataset: str) -> float | None:
             if 'top1_err' in row:
                 return round(100 - row['top1_err'], 4)
     return None
+
+
+def _resumed(results: dict[str, Any]) -> str:
+    """What a card says of a run that was resumed with other arguments."""
+    before = (yaml.safe_dump(run['arguments'], default_flow_style=None) for run in results.get('resumed', []))
+    return ''.join(f'Resumed from a run with\n\n```yaml\n{arguments.strip()}\n```\n\n' for arguments in before)
 
 
 def model_card(results: dict[str, Any]) -> ModelCard:
@@ -169,7 +174,7 @@ Arguments of timm's train.py that are not its defaults, and options of `poolattn
 {yaml.safe_dump(results['options'], default_flow_style=None).strip()}
 ```
 
-The curve of every epoch is in results.json.
+{_resumed(results)}The curve of every epoch is in results.json.
 
 ## Licence and citation
 

@@ -1,5 +1,5 @@
 from .task import PenaltyTask
 from .timm_script import find_train_script
-from .train import train
+from .train import read_summary, train
 
-__all__ = ['PenaltyTask', 'find_train_script', 'train']
+__all__ = ['PenaltyTask', 'find_train_script', 'read_summary', 'train']

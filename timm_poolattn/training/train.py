@@ -182,10 +182,22 @@ def _write_run(output: Path, args, run: dict[str, Any], seconds: float) -> None:
         hardware=f'{device} ({platform.machine()})',
         wall_time_s=round(seconds),
     )
-    temp = output / 'run.json.tmp'
+    path = output / 'run.json'
+    if args.resume and path.is_file():  # a run resumed in its own folder: how it went before is part of it
+        before = json.loads(path.read_text())
+        run['resumed'] = [*before.pop('resumed', []), dict(arguments=before['arguments'], options=before['options'])]
+        run['wall_time_s'] += before['wall_time_s']
+    temp = path.with_suffix('.tmp')
     temp.write_text(json.dumps(run, indent=2) + '\n')
-    os.replace(temp, output / 'run.json')
-    with open(output / 'summary.csv', newline='') as f:
-        rows = list(csv.DictReader(f))
-    last = '  '.join(f'{name}: {float(value):.4g}' for name, value in rows[-1].items()) if rows else 'no epoch ended'
+    os.replace(temp, path)
+    rows = read_summary(output)
+    last = '  '.join(f'{name}: {value:.4g}' for name, value in rows[-1].items()) if rows else 'no epoch ended'
     print(f'trained {args.model} in {seconds:.0f} s -> {output}  ({last})')
+
+
+def read_summary(output: str | Path) -> list[dict[str, float]]:
+    """The curve in a run's summary.csv: a row for each epoch. timm writes the header again where a run resumes."""
+    with open(Path(output, 'summary.csv'), newline='') as f:
+        rows = [row for row in csv.DictReader(f) if row['epoch'] != 'epoch']
+    # a run that was killed after an epoch's row but before its checkpoint repeats that epoch
+    return list({row['epoch']: {k: float(v) for k, v in row.items()} for row in rows}.values())
