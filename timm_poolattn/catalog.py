@@ -71,8 +71,9 @@ def markdown_table() -> str:
         '|---|---|---|---|---|---|',
     ]
     for name, r in released_results().items():
+        paper = paper_top1(r['model'], r['tag'])
         lines.append(
-            f'| `{name}` | {r["parameters"]:,} | {r["test"]["top1"]:.2f} | {paper_top1(r["model"], r["tag"]) or ""}'
+            f'| `{name}` | {r["parameters"]:,} | {r["test"]["top1"]:.2f} | {f"{paper:.2f}" if paper else ""}'
             f' | {r["epochs"]} | {r["hardware"]} |'
         )
     return '\n'.join(lines)

@@ -35,7 +35,9 @@ def run_dir(tmp_path, image_folder):
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    run = dict(arguments=dict(model='resnet20_saam', lr=0.1), options={}, seed=7, versions=dict(timm='x'))
+    run = dict(
+        arguments=dict(model='resnet20_saam', lr=0.1), options=dict(crop_padding=2), seed=7, versions=dict(timm='x')
+    )
     (folder / 'run.json').write_text(json.dumps({**run, 'hardware': 'a CPU', 'wall_time_s': 120}))
     return folder, model
 
@@ -64,7 +66,9 @@ def test_release_folder(run_dir, tmp_path, image_folder):
     assert card.data.library_name == 'timm' and card.data.license == 'apache-2.0'
     (result,) = card.data.eval_results
     assert result.metric_value == results['test']['top1'] and result.dataset_name == 'CIFAR-10'
-    assert f'| {results["test"]["top1"]:.2f} |' in card.text and '92.6' in card.text
+    assert f'| {results["test"]["top1"]:.2f} |' in card.text and '| 92.60 |' in card.text
+    recipe = yaml.safe_load(card.text.split('```yaml')[1].split('```')[0])
+    assert recipe == dict(model='resnet20_saam', lr=0.1, crop_padding=2)
 
 
 def test_release_again_replaces_whole(run_dir, tmp_path):

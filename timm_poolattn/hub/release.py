@@ -77,7 +77,8 @@ def release(run_dir: str | Path, tag: str, *, data_dir: str | Path | None = None
         results = _results(run_dir, arch, tag, written, evaluate(written, data))
         (temp / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
         model_card(results).save(temp / 'README.md')
-        os.chmod(temp, 0o755)  # mkdtemp's is for its user alone
+        os.chmod(temp, 0o755)  # mkdtemp and safetensors leave theirs to the user alone
+        os.chmod(temp / 'model.safetensors', 0o644)
         if folder.exists():
             os.replace(folder, old)
         os.replace(temp, folder)
@@ -155,7 +156,7 @@ def model_card(results: dict[str, Any]) -> ModelCard:
 
 | top-1 | top-5 | test images | parameters | paper's top-1 |
 |---|---|---|---|---|
-| {test['top1']:.2f} | {test['top5']:.2f} | {test['images']} | {results['parameters']} | {paper or ''} |
+| {test['top1']:.2f} | {test['top5']:.2f} | {test['images']} | {results['parameters']:,} | {f'{paper:.2f}' if paper else ''} |
 
 The weights are those of the last epoch of one run (seed {results['seed']}), without selection on the test images.
 
@@ -171,7 +172,8 @@ Arguments of timm's train.py that are not its defaults, and options of `poolattn
 
 ```yaml
 {yaml.safe_dump(results['arguments'], default_flow_style=None).strip()}
-{yaml.safe_dump(results['options'], default_flow_style=None).strip()}
+# poolattn train
+{yaml.safe_dump(results['options'], default_flow_style=False).strip()}
 ```
 
 {_resumed(results)}The curve of every epoch is in results.json.
