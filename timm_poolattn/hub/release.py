@@ -118,7 +118,7 @@ def paper_top1(arch: str, dataset: str) -> float | None:
 
 def _resumed(results: dict[str, Any]) -> str:
     """What a card says of a run that was resumed with other arguments."""
-    before = (yaml.safe_dump(run['arguments'], default_flow_style=None) for run in results.get('resumed', []))
+    before = (yaml.safe_dump(run['arguments'], default_flow_style=False) for run in results.get('resumed', []))
     return ''.join(f'Resumed from a run with\n\n```yaml\n{arguments.strip()}\n```\n\n' for arguments in before)
 
 
@@ -146,6 +146,7 @@ def model_card(results: dict[str, Any]) -> ModelCard:
         ],
     )
     paper = paper_top1(arch, tag)
+    paper = f'{paper:.2f}' if paper else ''
     versions = ', '.join(f'{k} {v}' for k, v in results['versions'].items())
     return ModelCard(f"""---
 {card.to_yaml()}
@@ -156,7 +157,7 @@ def model_card(results: dict[str, Any]) -> ModelCard:
 
 | top-1 | top-5 | test images | parameters | paper's top-1 |
 |---|---|---|---|---|
-| {test['top1']:.2f} | {test['top5']:.2f} | {test['images']} | {results['parameters']:,} | {f'{paper:.2f}' if paper else ''} |
+| {test['top1']:.2f} | {test['top5']:.2f} | {test['images']} | {results['parameters']:,} | {paper} |
 
 The weights are those of the last epoch of one run (seed {results['seed']}), without selection on the test images.
 
@@ -171,7 +172,7 @@ model = timm.create_model('{arch}.{tag}', pretrained=True)
 Arguments of timm's train.py that are not its defaults, and options of `poolattn train`:
 
 ```yaml
-{yaml.safe_dump(results['arguments'], default_flow_style=None).strip()}
+{yaml.safe_dump(results['arguments'], default_flow_style=False).strip()}
 # poolattn train
 {yaml.safe_dump(results['options'], default_flow_style=False).strip()}
 ```
