@@ -56,7 +56,7 @@ class TestRelease:
         assert model.pretrained_cfg['label_names']
 
     def test_new_head(self, name):
-        model = timm.create_model(name, pretrained=True, num_classes=7)
+        model = timm.create_model(name, pretrained=True, num_classes=7).eval()
         weights = load_file(RELEASED[name] / 'model.safetensors')
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
         assert all(w.equal(weights[k]) for k, w in model.state_dict().items() if not k.startswith('head.fc'))
