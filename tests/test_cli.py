@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,6 +149,9 @@ class TestReadmeTable:
         for name, folder in released().items():
             top1 = json.loads((folder / 'results.json').read_text())['test']['top1']
             assert f'| `{name}` |' in table and f'| {top1:.2f} |' in table
+
+    def test_the_repositorys_is_up_to_date(self):
+        assert markdown_table() in (Path(__file__).parents[1] / 'README.md').read_text()
 
     def test_writes_between_its_marks_alone(self, tmp_path):
         path = tmp_path / 'README.md'
