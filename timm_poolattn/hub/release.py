@@ -119,7 +119,10 @@ def paper_top1(arch: str, dataset: str) -> float | None:
 def _resumed(results: dict[str, Any]) -> str:
     """What a card says of a run that was resumed with other arguments."""
     before = (yaml.safe_dump(run['arguments'], default_flow_style=False) for run in results.get('resumed', []))
-    return ''.join(f'Resumed from a run with\n\n```yaml\n{arguments.strip()}\n```\n\n' for arguments in before)
+    return ''.join(
+        f'Resumed, with the test accuracy up to there known, from a run with\n\n```yaml\n{arguments.strip()}\n```\n\n'
+        for arguments in before
+    )
 
 
 def model_card(results: dict[str, Any]) -> ModelCard:
@@ -159,7 +162,7 @@ def model_card(results: dict[str, Any]) -> ModelCard:
 |---|---|---|---|---|
 | {test['top1']:.2f} | {test['top5']:.2f} | {test['images']} | {results['parameters']:,} | {paper} |
 
-The weights are those of the last epoch of one run (seed {results['seed']}), without selection on the test images.
+The weights are those of the last epoch of one run (seed {results['seed']}).
 
 ```python
 import timm, timm_poolattn
