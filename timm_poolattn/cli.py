@@ -139,6 +139,21 @@ def train(timm_args, timm_script, allow_unpinned_script, **options) -> None:
     train(timm_args, timm_script=timm_script, allow_unpinned=allow_unpinned_script, **options)
 
 
+@main.command('warm-start')
+@click.argument('source')
+@click.argument('name')
+@click.option('-o', '--out', required=True, type=click.Path(path_type=Path), help='A .safetensors file.')
+def warm_start(source: str, name: str, out: Path) -> None:
+    """Write a first checkpoint of model NAME from SOURCE: a trained name, or a .safetensors file.
+
+    NAME may be deeper, have another gate, or other classes; give the file to `poolattn train --initial-checkpoint`.
+    """
+    from .training import warm_start
+
+    count = warm_start(name, source, out)
+    click.echo(f'{count["copied"]} tensors of {name} from {source}, {count["new"]} new -> {out}')
+
+
 @main.command()
 @click.argument('run_dir', type=click.Path())
 @click.option('--tag', required=True, help='The training data: cifar10, cifar100, ...')

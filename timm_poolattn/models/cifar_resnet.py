@@ -93,6 +93,10 @@ class BasicBlock(nn.Module):
         x = self.gate(self.bn2(self.conv2(x)))
         return self.act2(self.drop_path(x) + shortcut)
 
+    def zero_init_last(self) -> None:
+        """Start as the identity."""
+        nn.init.zeros_(self.bn2.weight)
+
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convs, post-activation. forward(x, shortcut) as in `BasicBlock`."""
@@ -137,6 +141,10 @@ class Bottleneck(nn.Module):
         x = self.act2(self.bn2(self.conv2(x)))
         x = self.gate(self.bn3(self.conv3(x)))
         return self.act3(self.drop_path(x) + shortcut)
+
+    def zero_init_last(self) -> None:
+        """Start as the identity."""
+        nn.init.zeros_(self.bn3.weight)
 
 
 class ResNeXtBottleneck(Bottleneck):

@@ -69,6 +69,8 @@ def train(
     try:
         args, args_text = module._parse_args()
         arguments = {k: v for k, v in vars(args).items() if v != defaults.get(k) and k not in _PLACES}
+        if args.initial_checkpoint:
+            arguments['initial_checkpoint'] = Path(args.initial_checkpoint).name
         args.experiment = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
         module._parse_args = lambda: (args, args_text)
         module.ClassificationTask = partial(PenaltyTask, penalty_weight=penalty_weight)
