@@ -52,7 +52,8 @@ def read_default_cfgs(archs: Iterable[str], pool_size: Callable[[int], int], **c
             cfgs[name] = dict(interpolation='bicubic', crop_pct=1.0, pool_size=(side, side), **dataset, **cfg)
             if name in folders:
                 config = json.loads((folders[name] / 'config.json').read_text())
-                cfgs[name].update(config['pretrained_cfg'], label_names=tuple(config['label_names']))
+                facts = dict(config['pretrained_cfg'], label_names=config['label_names'])
+                cfgs[name].update({k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})  # as in timm
                 weights = folders[name] / 'model.safetensors'
                 if weights.is_file():
                     cfgs[name]['file'] = str(weights)
