@@ -42,8 +42,11 @@ def test_wheel_carries_what_pretrained_needs(wheel):
     with zipfile.ZipFile(wheel) as z:
         names = z.namelist()
     for name in released():
-        for file in ('config.json', 'model.safetensors', 'results.json', 'README.md'):
+        for file in ('config.json', 'results.json', 'README.md'):
             assert f'timm_poolattn/hub_configs/{name}/{file}' in names
+    embedded = {n.split('/')[2] for n in names if n.endswith('.safetensors')}
+    assert embedded == {name for name in released() if name.startswith('resnet20_')}
+    assert 'timm_poolattn/CITATION.cff' in names  # the model card quotes it
     assert 'timm_poolattn/py.typed' in names and 'timm_poolattn/papers/tables.yaml' in names
     assert {n.split('/')[0] for n in names} == {'timm_poolattn', wheel.name.rsplit('-', 3)[0] + '.dist-info'}
     assert wheel.stat().st_size < 25e6

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from . import __version__
+from .models import HubError
 
 
 class _Error(click.ClickException):
@@ -24,7 +25,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
-        except FileNotFoundError as e:
+        except (FileNotFoundError, HubError) as e:
             raise _Error(str(e)) from e
         except ValueError as e:
             if _raised_by_us(e):  # for a mistake of the user; any other is a defect and keeps its traceback
@@ -156,14 +157,22 @@ def warm_start(source: str, name: str, out: Path) -> None:
 
 @main.command()
 @click.argument('run_dir', type=click.Path())
+@click.option('--name', help="The model. Default: the run's, and any other is refused.")
 @click.option('--tag', required=True, help='The training data: cifar10, cifar100, ...')
+@click.option(
+    '--checkpoint',
+    type=click.Choice(['last', 'best']),
+    default='last',
+    show_default=True,
+    help='Best is chosen on the test set, which flatters it.',
+)
 @click.option('--data-dir', type=click.Path(), help="The data to evaluate on. Default: the run's.")
 @click.option('--out', type=click.Path(path_type=Path), help='Default: hub_configs/ of the checkout.')
-def release(run_dir, tag, data_dir, out) -> None:
+def release(run_dir, **options) -> None:
     """Lay out a release folder from RUN_DIR, the output folder of `poolattn train`."""
     from .hub import release
 
-    click.echo(f'released {release(run_dir, tag, data_dir=data_dir, out=out)}')
+    click.echo(f'released {release(run_dir, **options)}')
 
 
 @main.command()

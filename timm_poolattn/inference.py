@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .data import ImageData, ResidentDataset, ResidentLoader
-from .models import FAMILIES
+from .models import FAMILIES, hub_errors
 
 
 def load_pretrained(name: str) -> nn.Module:
@@ -24,6 +24,7 @@ def load_pretrained(name: str) -> nn.Module:
 
     Raises:
         ValueError: no such model (the message names the nearest), or one without weights (it names those with).
+        HubError: the Hub did not give the weights; the message says why.
     """
     if ':' not in name:  # hf-hub:..., local-dir:... are timm's to resolve
         arch, _, tag = name.partition('.')
@@ -36,7 +37,8 @@ def load_pretrained(name: str) -> nn.Module:
         if not timm.models.is_model_pretrained(name):
             trained = timm.list_pretrained(f'{arch}*') or timm.list_models(module=FAMILIES, pretrained=True)
             raise ValueError(f'{name} has no weights yet; with weights: {", ".join(trained) or "none"}')
-    return timm.create_model(name, pretrained=True).eval()
+    with hub_errors(name.partition(':')[2]):
+        return timm.create_model(name, pretrained=True).eval()
 
 
 @torch.inference_mode()
@@ -90,7 +92,7 @@ def evaluate(
         device: Default: 'cpu'.
 
     Returns:
-        `top1` and `top5` in %, `loss` (mean cross entropy), `images` (their number).
+        `top1` and `top5` in %, `loss` (mean cross entropy), `ece` (see `calibration_error`), `images` (their number).
 
     Raises:
         ValueError: the data has another image size than the model, or classes that the model does not know.
@@ -108,9 +110,31 @@ def evaluate(
     )
     model.to(device).eval()
     top1, top5, loss = AverageMeter(), AverageMeter(), AverageMeter()
+    confidences, hits = [], []
     for input, target in tqdm(loader, desc='evaluating', unit='batch', delay=1):
         output = model(input)
         acc1, acc5 = accuracy(output, target, topk=(1, 5))
         for meter, value in ((top1, acc1), (top5, acc5), (loss, F.cross_entropy(output, target))):
             meter.update(value.item(), len(target))
-    return dict(top1=round(top1.avg, 4), top5=round(top5.avg, 4), loss=round(loss.avg, 6), images=len(data))
+        confidence, prediction = output.float().softmax(1).max(1)
+        confidences.append(confidence)
+        hits.append(prediction == target)
+    ece = calibration_error(torch.cat(confidences), torch.cat(hits))
+    means = dict(top1=round(top1.avg, 4), top5=round(top5.avg, 4), loss=round(loss.avg, 6), ece=round(ece, 4))
+    return dict(**means, images=len(data))
+
+
+def calibration_error(confidence: torch.Tensor, hit: torch.Tensor, bins: int = 15) -> float:
+    """Expected calibration error in %: how far confidence lies from accuracy, on average over bins of confidence.
+
+    Paper: `On Calibration of Modern Neural Networks` - https://arxiv.org/abs/1706.04599 (Eq. 3)
+
+    Args:
+        confidence: (N,) probability of the predicted class.
+        hit: (N,) whether it is the right one.
+        bins: of equal width, ((m - 1) / bins, m / bins]. Default: 15.
+    """
+    index = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
+    gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device)  # |B_m| (acc(B_m) - conf(B_m))
+    gaps.index_add_(0, index, hit.double() - confidence.double())
+    return 100 * gaps.abs().sum().item() / len(confidence)

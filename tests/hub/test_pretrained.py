@@ -25,7 +25,9 @@ def test_the_embedded_models_are_there():
 class TestRelease:
     def test_folder(self, name):
         folder = RELEASED[name]
-        assert sorted(p.name for p in folder.iterdir()) == [
+        tag = name.partition('.')[2]
+        assert sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()) == [
+            f'.eval_results/{tag}.yaml',
             'README.md',
             'config.json',
             'model.safetensors',

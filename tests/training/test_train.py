@@ -49,7 +49,9 @@ COMMON = ['--num-classes', 2, '--batch-size', 8, '--epochs', 2, '--warmup-epochs
 
 
 def test_spem_learns_and_logs_its_penalty(train_script, image_folder, tmp_path):
-    args = ['--model', 'resnet20_spem', '--data-dir', image_folder, '--smoothing', 0, *COMMON]
+    (tmp_path / 'smoothless.yaml').write_text('smoothing: 0.0')
+    config = ['--config', tmp_path / 'smoothless.yaml']
+    args = [*config, '--model', 'resnet20_spem', '--data-dir', image_folder, *COMMON]
     done = train(train_script, tmp_path, *args, '--sched', 'constant', '--weight-decay', 0)
     rows = summary(tmp_path)
     # gamma starts at 0, so that in the first steps hardly anything but the penalty moves p
@@ -65,6 +67,7 @@ def test_spem_learns_and_logs_its_penalty(train_script, image_folder, tmp_path):
     assert done.stdout.splitlines()[-1].startswith('trained resnet20_spem in ')
     run = json.loads((tmp_path / 'run' / 'run.json').read_text())
     assert run['arguments']['model'] == 'resnet20_spem' and 'data_dir' not in run['arguments']
+    assert run['recipe'] == 'smoothless' and run['arguments']['smoothing'] == 0
     assert run['options']['penalty_weight'] == 0.1 and run['seed'] == 42 and run['versions']['torch']
     assert str(tmp_path) not in json.dumps(run)
 

@@ -1,3 +1,4 @@
-from .release import model_card, paper_top1, release
+from .card import model_card
+from .release import release
 
-__all__ = ['model_card', 'paper_top1', 'release']
+__all__ = ['model_card', 'release']

@@ -1,65 +1,80 @@
 """From a training run to a release folder: the Hub repository, byte for byte."""
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from timm.models import create_model, save_for_hf
+from huggingface_hub import eval_result_entries_to_yaml
+from timm.models import clean_state_dict, create_model, save_for_hf
 
+from .. import __version__
+from ..catalog import multiply_adds
 from ..data import load_images
 from ..inference import evaluate
-from ..models import DATASETS, hub_configs_dir
-from ..papers import table_rows
+from ..models import DATASETS, data_sha256, hub_configs_dir
 from ..training import read_summary
+from .card import eval_result, model_card
 
-#: What a card says of a gate, in two sentences at most.
-GATE_NOTES = dict(
-    spem='SPEM scales each channel by a gate computed from a learned mix of its global maximum and minimum.',
-    saam='SAAM scales each channel by a gate whose pooling weights positions by a learned, input-dependent score map.',
-    fa='FA weights each residual block, and each stage, by a scalar computed from the input of the block and the'
-    ' weights of the blocks before it.',
-)
-_DATA_NAMES = dict(cifar10='CIFAR-10', cifar100='CIFAR-100', tiny_imagenet='Tiny ImageNet')
+#: timm's names of the checkpoints to choose from.
+CHECKPOINTS = dict(last='last.pth.tar', best='model_best.pth.tar')
 
 
-def release(run_dir: str | Path, tag: str, *, data_dir: str | Path | None = None, out: Path | None = None) -> Path:
-    """Lay out `<arch>.<tag>/` from the last checkpoint of a run of `poolattn train`.
+def release(
+    run_dir: str | Path,
+    tag: str,
+    *,
+    name: str | None = None,
+    checkpoint: str = 'last',
+    data_dir: str | Path | None = None,
+    out: Path | None = None,
+) -> Path:
+    """Lay out `<name>.<tag>/` from a run of `poolattn train`.
 
-    The folder holds config.json and model.safetensors (timm's save_for_hf), results.json and the model card
-    README.md. The accuracy in them is measured on the written folder. An existing folder of the name is replaced
-    once the new one is whole.
+    The folder holds config.json and model.safetensors (timm's save_for_hf), results.json, the model card README.md and
+    `.eval_results/`. The metadata of model.safetensors names the architecture, the package's version, the git commit of
+    its checkout and `data_sha256`, the SHA-256 of all bytes behind the header: a file cannot hold its own hash.
+    results.json has the SHA-256 of the whole file, and accuracy as measured on the written folder. An existing folder
+    of the name is replaced once the new one is whole.
 
     Args:
         run_dir: output folder of the run.
         tag: the training data, one of `DATASETS`.
+        name: the model. Default: the run's, and any other is refused.
+        checkpoint: 'last', or 'best' on the test set, which flatters its accuracy there. Default: 'last'. Of either,
+            the exponential moving average where the run kept one.
         data_dir: the data to evaluate on. Default: the run's own.
         out: where the folder goes. Default: `hub_configs/`.
 
     Raises:
         FileNotFoundError: no finished run in `run_dir`.
-        ValueError: an unknown tag.
+        ValueError: an unknown tag or checkpoint, or a `name` that the run did not train.
     """
     run_dir, out = Path(run_dir), out or hub_configs_dir()
     if tag not in DATASETS:
         raise ValueError(f'unknown tag {tag!r}; choose from {", ".join(DATASETS)}')
-    for name in ('args.yaml', 'run.json', 'summary.csv', 'last.pth.tar'):
-        if not (run_dir / name).is_file():
-            raise FileNotFoundError(f'{run_dir}: no {name}; is it the output folder of a finished `poolattn train`?')
+    if checkpoint not in CHECKPOINTS:
+        raise ValueError(f'unknown checkpoint {checkpoint!r}; choose from {", ".join(CHECKPOINTS)}')
+    for file in ('args.yaml', 'run.json', 'summary.csv', CHECKPOINTS[checkpoint]):
+        if not (run_dir / file).is_file():
+            raise FileNotFoundError(f'{run_dir}: no {file}; is it the output folder of a finished `poolattn train`?')
     args = yaml.safe_load((run_dir / 'args.yaml').read_text())
     arch = args['model'].split('.')[0]
+    if name not in (None, arch):
+        raise ValueError(f'{run_dir}: the run trained {arch}, not {name}; release it as --name {arch}')
     data = load_images(data_dir or args['data_dir'], args['val_split'], name=args['dataset'])
 
     with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(run_dir / 'last.pth.tar', map_location='cpu', weights_only=True)
+        saved = torch.load(run_dir / CHECKPOINTS[checkpoint], map_location='cpu', weights_only=True)
     model = create_model(f'{arch}.{tag}', num_classes=args['num_classes'], **args['model_kwargs'])
-    model.load_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
+    model.load_state_dict(clean_state_dict(saved.get('state_dict_ema', saved['state_dict'])))
 
     folder = out / f'{arch}.{tag}'
     out.mkdir(parents=True, exist_ok=True)
@@ -73,12 +88,36 @@ def release(run_dir: str | Path, tag: str, *, data_dir: str | Path | None = None
             data_config={k: args[k] for k in ('mean', 'std') if args[k]},
             safe_serialization=True,
         )
+        source = dict(timm_poolattn=__version__, git_commit=git_commit())
+        weights = temp / 'model.safetensors'
+        data_hash = data_sha256(weights)
+        metadata = dict(format='pt', architecture=arch, tag=tag, data_sha256=data_hash, **source)
+        weights.write_bytes(_with_metadata(weights.read_bytes(), metadata))
         written = create_model(f'local-dir:{temp}', pretrained=True)
-        results = _results(run_dir, arch, tag, written, evaluate(written, data))
+        test = evaluate(written, data)
+        curve = read_summary(run_dir)
+        best = max(curve, key=lambda row: row['eval_top1'])
+        results = dict(
+            model=arch,
+            tag=tag,
+            gate=written.gate,
+            parameters=sum(p.numel() for p in written.parameters()),
+            multiply_adds=multiply_adds(written),
+            weights=dict(sha256=hashlib.sha256(weights.read_bytes()).hexdigest(), data_sha256=data_hash),
+            checkpoint=dict(which=checkpoint, epoch=saved['epoch'], ema='state_dict_ema' in saved),
+            released_by=source,
+            test=test,
+            epochs=len(curve),
+            last_epoch_top1=curve[-1]['eval_top1'],
+            best_top1=best['eval_top1'],
+            best_epoch=int(best['epoch']),
+            **json.loads((run_dir / 'run.json').read_text()),
+            curve=curve,
+        )
         (temp / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
-        model_card(results).save(temp / 'README.md')
+        write_texts(temp, results)
         os.chmod(temp, 0o755)  # mkdtemp and safetensors leave theirs to the user alone
-        os.chmod(temp / 'model.safetensors', 0o644)
+        os.chmod(weights, 0o644)
         if folder.exists():
             os.replace(folder, old)
         os.replace(temp, folder)
@@ -88,101 +127,33 @@ def release(run_dir: str | Path, tag: str, *, data_dir: str | Path | None = None
     return folder
 
 
-def _results(run_dir: Path, arch: str, tag: str, model: torch.nn.Module, measured: dict[str, float]) -> dict[str, Any]:
-    curve = read_summary(run_dir)
-    best = max(curve, key=lambda row: row['eval_top1'])
-    return dict(
-        model=arch,
-        tag=tag,
-        parameters=sum(p.numel() for p in model.parameters()),
-        test=measured,
-        epochs=len(curve),
-        last_epoch_top1=curve[-1]['eval_top1'],
-        best_top1=best['eval_top1'],
-        best_epoch=int(best['epoch']),
-        **json.loads((run_dir / 'run.json').read_text()),
-        curve=curve,
-    )
+def write_texts(folder: Path, results: dict[str, Any]) -> None:
+    """The card and the Hub's evaluation result, from results.json alone."""
+    model_card(results).save(folder / 'README.md')
+    entries = folder / '.eval_results'
+    entries.mkdir(exist_ok=True)
+    text = yaml.safe_dump(eval_result_entries_to_yaml([eval_result(results)]), sort_keys=False)
+    (entries / f'{results["tag"]}.yaml').write_text(text)
 
 
-def paper_top1(arch: str, dataset: str) -> float | None:
-    """Top-1 accuracy in % that the model's own paper prints for it, if any."""
-    for row in table_rows():
-        if row['model'] == arch and row['dataset'] == dataset and row.get('variant') is None:
-            if 'top1' in row:
-                return row['top1']
-            if 'top1_err' in row:
-                return round(100 - row['top1_err'], 4)
-    return None
+def git_commit() -> str:
+    """HEAD of the checkout that the package lies in, with `-dirty` where its code differs; '' outside a checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / '.git').exists():
+        return ''
+
+    def git(*args: str) -> str:
+        return subprocess.run(['git', '-C', root, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git('rev-parse', 'HEAD') + ('-dirty' if git('status', '--porcelain', '--', 'timm_poolattn') else '')
+    except (OSError, subprocess.CalledProcessError):
+        return ''
 
 
-def _resumed(results: dict[str, Any]) -> str:
-    """What a card says of a run that was resumed with other arguments."""
-    before = (yaml.safe_dump(run['arguments'], default_flow_style=False) for run in results.get('resumed', []))
-    return ''.join(
-        f'Resumed, with the test accuracy up to there known, from a run with\n\n```yaml\n{arguments.strip()}\n```\n\n'
-        for arguments in before
-    )
-
-
-def model_card(results: dict[str, Any]) -> ModelCard:
-    """The model card of a release, from its results.json alone."""
-    arch, tag, test = results['model'], results['tag'], results['test']
-    gate, data_name = arch.partition('_')[2], _DATA_NAMES[tag]
-    card = ModelCardData(
-        license='apache-2.0',
-        library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'timm_poolattn'],
-        datasets=[tag],
-        model_name=f'{arch}.{tag}',
-        eval_results=[
-            EvalResult(
-                task_type='image-classification',
-                dataset_type=tag,
-                dataset_name=data_name,
-                dataset_split='test',
-                metric_type='accuracy',
-                metric_name='Top-1 accuracy (%)',
-                metric_value=test['top1'],
-            )
-        ],
-    )
-    paper = paper_top1(arch, tag)
-    paper = f'{paper:.2f}' if paper else ''
-    versions = ', '.join(f'{k} {v}' for k, v in results['versions'].items())
-    return ModelCard(f"""---
-{card.to_yaml()}
----
-# {arch}.{tag}
-
-{arch} trained on {data_name}. {GATE_NOTES.get(gate, '')}
-
-| top-1 | top-5 | test images | parameters | paper's top-1 |
-|---|---|---|---|---|
-| {test['top1']:.2f} | {test['top5']:.2f} | {test['images']} | {results['parameters']:,} | {paper} |
-
-The weights are those of the last epoch of one run (seed {results['seed']}).
-
-```python
-import timm, timm_poolattn
-model = timm.create_model('{arch}.{tag}', pretrained=True)
-```
-
-## Training
-
-{results['epochs']} epochs in {results['wall_time_s'] / 60:.0f} minutes on {results['hardware']}; {versions}.
-Arguments of timm's train.py that are not its defaults, and options of `poolattn train`:
-
-```yaml
-{yaml.safe_dump(results['arguments'], default_flow_style=False).strip()}
-# poolattn train
-{yaml.safe_dump(results['options'], default_flow_style=False).strip()}
-```
-
-{_resumed(results)}The curve of every epoch is in results.json.
-
-## Licence and citation
-
-Apache-2.0. CITATION.cff of timm_poolattn cites the package and the papers.
-""")
+def _with_metadata(file: bytes, metadata: dict[str, str]) -> bytes:
+    """A safetensors file with `metadata` in its header, in this order: safetensors' own is not the same twice."""
+    size = int.from_bytes(file[:8], 'little')
+    header = json.dumps({'__metadata__': metadata, **json.loads(file[8 : 8 + size])}, separators=(',', ':')).encode()
+    header += b' ' * (-len(header) % 8)
+    return len(header).to_bytes(8, 'little') + header + file[8 + size :]

@@ -1,5 +1,6 @@
 from . import cifar_resnext  # noqa: F401  registers, and has no class of its own
 from ._cfg import DATASETS, hub_configs_dir, released
+from ._hub import HubError, data_sha256, hub_errors, hub_org
 from .cifar_inception_v4 import CifarInceptionV4
 from .cifar_resnet import CifarResNet
 from .cifar_vgg import CifarVgg
@@ -7,4 +8,16 @@ from .cifar_vgg import CifarVgg
 #: Modules of models, as timm.list_models(module=...) names them.
 FAMILIES = ('cifar_inception_v4', 'cifar_resnet', 'cifar_resnext', 'cifar_vgg')
 
-__all__ = ['DATASETS', 'FAMILIES', 'CifarInceptionV4', 'CifarResNet', 'CifarVgg', 'hub_configs_dir', 'released']
+__all__ = [
+    'DATASETS',
+    'FAMILIES',
+    'CifarInceptionV4',
+    'CifarResNet',
+    'CifarVgg',
+    'HubError',
+    'data_sha256',
+    'hub_configs_dir',
+    'hub_errors',
+    'hub_org',
+    'released',
+]

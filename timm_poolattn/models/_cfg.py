@@ -1,6 +1,7 @@
 """Default configs: the data sets' facts, overlaid by the release folders of `hub_configs`."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
+
+from ._hub import HUB_ORG, fetch_weights, hub_org
 
 #: Tags and what each data set fixes. An untagged name means the first tag with weights, or else the first.
 DATASETS: dict[str, dict[str, Any]] = {
@@ -38,6 +41,9 @@ def released() -> dict[str, Path]:
 def read_default_cfgs(archs: Iterable[str], pool_size: Callable[[int], int], **cfg) -> dict[str, Any]:
     """timm's default_cfgs for `archs`, one tag for each of `DATASETS`, each overlaid by its release folder if any.
 
+    Weights are the folder's where it holds them, else the Hub's: a wheel carries the small ones alone. With `HUB_ORG`
+    set, every name has a repository of that organisation, released by us or not.
+
     Args:
         archs: model names without a tag.
         pool_size: side of the map before global pooling, by the side of the image.
@@ -46,8 +52,9 @@ def read_default_cfgs(archs: Iterable[str], pool_size: Callable[[int], int], **c
     folders = released()
     cfgs = {}
     for arch in archs:
-        for tag, dataset in DATASETS.items():
-            name = f'{arch}.{tag}'
+        # timm's default is the first tag with weights; with HUB_ORG all tags have some, so those of a folder go first
+        for tag in sorted(DATASETS, key=lambda tag: f'{arch}.{tag}' not in folders):
+            name, dataset = f'{arch}.{tag}', DATASETS[tag]
             side = pool_size(dataset['input_size'][-1])
             cfgs[name] = dict(interpolation='bicubic', crop_pct=1.0, pool_size=(side, side), **dataset, **cfg)
             if name in folders:
@@ -57,6 +64,8 @@ def read_default_cfgs(archs: Iterable[str], pool_size: Callable[[int], int], **c
                 weights = folders[name] / 'model.safetensors'
                 if weights.is_file():
                     cfgs[name]['file'] = str(weights)
+            if name in folders or os.environ.get(HUB_ORG):
+                cfgs[name]['hf_hub_id'] = f'{hub_org()}/{name}'
     return generate_default_cfgs(cfgs)
 
 
@@ -71,6 +80,8 @@ def register_models(module: str, create: Callable[..., nn.Module], model_args: d
 
     def entrypoint(name: str, args: dict[str, Any]) -> Callable[..., nn.Module]:
         def fn(pretrained: bool = False, **kwargs) -> nn.Module:
+            if pretrained:
+                fetch_weights(name, **kwargs)
             return create(name, pretrained, **{**args, **kwargs})
 
         fn.__name__ = fn.__qualname__ = name

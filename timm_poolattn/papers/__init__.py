@@ -42,3 +42,14 @@ def model_args(row: dict[str, Any]) -> dict[str, Any]:
     elif kind == 'reweight':  # "reweight a: ..."
         args['gate_kwargs'] = dict(reweight=_REWEIGHT_ROWS[rest.split(':')[0]])
     return args
+
+
+def paper_top1(arch: str, dataset: str) -> float | None:
+    """Top-1 accuracy in % that the model's own paper prints for it, if any."""
+    for row in table_rows():
+        if row['model'] == arch and row['dataset'] == dataset and row.get('variant') is None:
+            if 'top1' in row:
+                return row['top1']
+            if 'top1_err' in row:
+                return round(100 - row['top1_err'], 4)
+    return None

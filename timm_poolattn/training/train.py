@@ -55,8 +55,8 @@ def train(
         crop_padding: see `ResidentLoader`. Default: an eighth of the image's side.
         penalty_weight: eta of `PenaltyTask`. Default: 0.1.
 
-    The output folder gets, beside what timm writes, `run.json`: the arguments that are not
-    train.py's defaults, seed, versions, hardware and wall time.
+    The output folder gets, beside what timm writes, `run.json`: the recipe (the name of --config's file), the arguments
+    that are not train.py's defaults, seed, versions, hardware and wall time.
 
     Raises:
         FileNotFoundError, ValueError: as `find_train_script` and `load_images`.
@@ -85,7 +85,9 @@ def train(
     output = Path(args.output or './output/train', args.experiment)
     if int(os.environ.get('RANK', 0)) == 0:
         options = dict(resident=resident, crop_padding=crop_padding, penalty_weight=penalty_weight)
-        _write_run(output, args, dict(arguments=arguments, options=options), time.time() - start)
+        config = module.config_parser.parse_known_args(argv)[0].config
+        recipe = dict(recipe=Path(config).stem) if config else {}
+        _write_run(output, args, dict(**recipe, arguments=arguments, options=options), time.time() - start)
     return output
 
 
