@@ -185,6 +185,26 @@ def readme(path: Path) -> None:
     click.echo(f'wrote the model table of {path}')
 
 
+def _require(extra: str, *modules: str) -> None:
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise _Error(f"this needs {', '.join(missing)}: pip install 'timm_poolattn[{extra}]'")
+
+
+@main.command()
+@click.argument('images', nargs=-1, required=True, type=click.Path())
+@click.option('--model', 'name', required=True, help='A model with gates and weights.')
+@click.option('--compare', multiple=True, help='Another model, side by side with it; may be given again.')
+@click.option('-o', '--out', required=True, type=click.Path(file_okay=False), help='The folder for the figures.')
+def explain(images, name: str, compare, out) -> None:
+    """Draw, for each of IMAGES, what a model predicts, where it sees it (Grad-CAM), and what its gates did."""
+    _require('explain', 'matplotlib', 'captum')
+    from .explain.figures import explain
+
+    written = explain(images, name, out, compare)
+    click.echo(f'{len(written)} figure{"s" * (len(written) > 1)} in {out}: {", ".join(path.name for path in written)}')
+
+
 @main.group()
 def bench() -> None:
     """Measure; every figure is a median of one run."""

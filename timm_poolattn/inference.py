@@ -41,6 +41,28 @@ def load_pretrained(name: str) -> nn.Module:
         return timm.create_model(name, pretrained=True).eval()
 
 
+def read_image(path: str | Path, in_chans: int = 3) -> Image.Image:
+    """An image file of any size and mode, turned upright, in grey for one channel and else in RGB.
+
+    Raises:
+        FileNotFoundError: a missing file.
+        ValueError: a file that is not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert('L' if in_chans == 1 else 'RGB')
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such file') from None
+    except (UnidentifiedImageError, OSError) as e:
+        reason = 'not an image' if isinstance(e, UnidentifiedImageError) else e
+        raise ValueError(f'{path}: cannot be read as an image ({reason})') from e
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """The names of a model's classes, or their numbers where its config has none."""
+    return list(model.pretrained_cfg.get('label_names') or map(str, range(model.num_classes)))
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, paths: Iterable[str | Path], topk: int = 5) -> list[dict[str, Any]]:
     """Classify image files of any size and mode, resized as the model's config says.
@@ -59,17 +81,10 @@ def predict(model: nn.Module, paths: Iterable[str | Path], topk: int = 5) -> lis
     """
     config = resolve_data_config(model=model)
     transform = create_transform(**config)
-    labels = model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)]
+    labels = class_names(model)
     results = []
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image).convert('L' if config['input_size'][0] == 1 else 'RGB')
-        except FileNotFoundError:
-            raise FileNotFoundError(f'{path}: no such file') from None
-        except (UnidentifiedImageError, OSError) as e:
-            reason = 'not an image' if isinstance(e, UnidentifiedImageError) else e
-            raise ValueError(f'{path}: cannot be read as an image ({reason})') from e
+        image = read_image(path, config['input_size'][0])
         probabilities = model(transform(image).unsqueeze(0)).float().softmax(1)[0]
         top = probabilities.topk(min(topk, len(probabilities)))
         predictions = [

@@ -1,0 +1,3 @@
+from .trace import attention_trace
+
+__all__ = ['attention_trace']
