@@ -1,9 +1,16 @@
-"""The papers' result tables as data: every row as printed, and the model that it describes."""
+"""The papers' result tables as data: every row as printed, the model that it describes, and what our runs measured."""
 
+import json
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ..models import released
+
+#: results.json of the runs that no release folder holds, one file each.
+RESULTS_DIR = Path(__file__).parent / 'results'
 
 #: Rows of Table 4 of the SPEM paper by `SPEM(reweight=...)`.
 _REWEIGHT_ROWS = dict(
@@ -53,3 +60,9 @@ def paper_top1(arch: str, dataset: str) -> float | None:
             if 'top1_err' in row:
                 return round(100 - row['top1_err'], 4)
     return None
+
+
+def load_results() -> list[dict[str, Any]]:
+    """results.json of every run that we know: of the release folders, then of `RESULTS_DIR`."""
+    paths = [folder / 'results.json' for folder in released().values()] + sorted(RESULTS_DIR.glob('*.json'))
+    return [json.loads(path.read_text()) for path in paths]
