@@ -41,7 +41,18 @@ class TestRelease:
         assert results['last_epoch_top1'] == results['curve'][-1]['eval_top1']
         assert len(results['curve']) == results['epochs'] and results['test']['images'] == 10000
         assert results['test']['top1'] == pytest.approx(results['last_epoch_top1'], abs=0.05)
-        for key in ('arguments', 'options', 'seed', 'versions', 'hardware', 'wall_time_s', 'best_top1'):
+        keys = (
+            'gate',
+            'multiply_adds',
+            'released_by',
+            'arguments',
+            'options',
+            'seed',
+            'versions',
+            'hardware',
+            'best_top1',
+        )
+        for key in (*keys, 'wall_time_s'):
             assert key in results
 
     def test_floor(self, name):
