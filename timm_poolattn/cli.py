@@ -205,6 +205,46 @@ def explain(images, name: str, compare, out) -> None:
     click.echo(f'{len(written)} figure{"s" * (len(written) > 1)} in {out}: {", ".join(path.name for path in written)}')
 
 
+figure_option = click.option('-o', '--out', required=True, type=click.Path(dir_okay=False), help='PNG, SVG or PDF.')
+
+
+@main.command()
+@click.argument('runs', nargs=-1, required=True, type=click.Path())
+@figure_option
+def curves(runs, out) -> None:
+    """Draw the training curves of RUNS (run folders, release folders or results files) on shared axes."""
+    _require('explain', 'matplotlib', 'captum')
+    from .explain.curves import curves
+
+    click.echo(f'drew the curves of {len(runs)} run{"s" * (len(runs) > 1)}: {curves(runs, out)}')
+
+
+@main.command('lambda')
+@click.argument('model')
+@figure_option
+def lambda_(model: str, out) -> None:
+    """Draw SPEM's lambda over depth, as MODEL learned it."""
+    _require('explain', 'matplotlib', 'captum')
+    from .explain.curves import draw_lambda
+
+    click.echo(f'drew lambda of {model}: {draw_lambda(model, out)}')
+
+
+@main.command()
+@click.argument('name', metavar='[lambda|paths]', type=click.Choice(['lambda', 'paths']))
+@click.argument('results', nargs=-1, type=click.Path())
+@figure_option
+def ablation(name: str, results, out) -> None:
+    """Draw accuracy against fixed lambda (SPEM's Fig. 2) or against paths (SAAM's Fig. 3).
+
+    RESULTS are release folders or results files, besides those that the package has.
+    """
+    _require('explain', 'matplotlib', 'captum')
+    from .explain.curves import ablation
+
+    click.echo(f'drew accuracy against {name}: {ablation(name, out, results)}')
+
+
 @main.group()
 def bench() -> None:
     """Measure; every figure is a median of one run."""

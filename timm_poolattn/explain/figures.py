@@ -77,8 +77,14 @@ def explain(paths: Iterable[str | Path], name: str, out: str | Path, compare: Se
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG, SVG or PDF by its suffix, whole or not at all."""
+    """Write a figure as PNG, SVG or PDF by its suffix, whole or not at all.
+
+    Raises:
+        ValueError: another suffix.
+    """
     path = Path(path)
+    if path.suffix not in ('.png', '.svg', '.pdf'):
+        raise ValueError(f'{path}: a figure is .png, .svg or .pdf')
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f'.{path.stem}.tmp{path.suffix}')
     figure.savefig(temp, dpi=130, facecolor='white')

@@ -200,8 +200,18 @@ def _write_run(output: Path, args, run: dict[str, Any], seconds: float) -> None:
 
 
 def read_summary(output: str | Path) -> list[dict[str, float]]:
-    """The curve in a run's summary.csv: a row for each epoch. timm writes the header again where a run resumes."""
+    """The curve in a run's summary.csv: a row for each epoch, without `eval_...` where --val-interval left it out.
+
+    timm writes the header again where a run resumes, and leaves out the columns that an epoch does not have.
+    """
     with open(Path(output, 'summary.csv'), newline='') as f:
-        rows = [row for row in csv.DictReader(f) if row['epoch'] != 'epoch']
-    # a run that was killed after an epoch's row but before its checkpoint repeats that epoch
-    return list({row['epoch']: {k: float(v) for k, v in row.items()} for row in rows}.values())
+        rows = list(csv.reader(f))
+    fields = max((row for row in rows if row[0] == 'epoch'), key=len, default=[])
+    unevaluated = [field for field in fields if not field.startswith('eval_')]
+    curve = {}
+    for row in rows:
+        if row[0] != 'epoch':
+            names = fields if len(row) == len(fields) else unevaluated
+            # a run that was killed after an epoch's row but before its checkpoint repeats that epoch
+            curve[row[0]] = {name: float(value) for name, value in zip(names, row, strict=True)}
+    return list(curve.values())
