@@ -2,7 +2,7 @@
 
 from .insert import insert, remove
 from .layers import CBAM, SAAM, SGE, SPEM, SRM, Association, Focus, FocusAssociation, create_gate
-from .models import CifarInceptionV4, CifarResNet, CifarVgg
+from .models import CifarInceptionV4, CifarResNet, CifarVgg, FaResNet, GatedResNet, set_skip_threshold
 
 __version__ = '0.1.0'
 __all__ = [
@@ -15,9 +15,12 @@ __all__ = [
     'CifarInceptionV4',
     'CifarResNet',
     'CifarVgg',
+    'FaResNet',
     'Focus',
     'FocusAssociation',
+    'GatedResNet',
     'create_gate',
     'insert',
     'remove',
+    'set_skip_threshold',
 ]

@@ -1,6 +1,7 @@
 from .cbam import CBAM
 from .create_gate import GATES, create_gate
 from .focus_association import Association, Focus, FocusAssociation, fa_weight, fa_weight_unskipped
+from .identity_init import IdentityInit
 from .saam import SAAM
 from .sge import SGE
 from .spem import REWEIGHT_FORMS, SPEM
@@ -17,6 +18,7 @@ __all__ = [
     'Association',
     'Focus',
     'FocusAssociation',
+    'IdentityInit',
     'create_gate',
     'fa_weight',
     'fa_weight_unskipped',

@@ -8,3 +8,9 @@ def check_channels(x: torch.Tensor, channels: int, name: str) -> None:
     An assertion as timm's own layers use it, so that FX can trace and TorchScript compile it.
     """
     _assert(x.shape[1] == channels, f'{name} was built for {channels} channels, its input has {x.shape[1]}')
+
+
+def check_rd_ratio(channels: int, rd_ratio: float, name: str) -> None:
+    """Refuse a ratio of hidden channels that leaves less than one of `channels`."""
+    if channels * rd_ratio < 1:
+        raise ValueError(f'{name}: rd_ratio={rd_ratio:.4g} leaves no hidden channel of {channels}; 1/{channels} does')

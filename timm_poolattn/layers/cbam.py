@@ -8,7 +8,7 @@ from timm.layers.cbam import ChannelAttn
 from torch import nn
 from torch.nn import functional as F
 
-from ._check import check_channels
+from ._check import check_channels, check_rd_ratio
 
 
 class CBAM(nn.Module):
@@ -24,7 +24,7 @@ class CBAM(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: an even `kernel_size`.
+        ValueError: an even `kernel_size`, or an `rd_ratio` that leaves no channel.
         AssertionError: the input has another number of channels.
     """
 
@@ -39,6 +39,7 @@ class CBAM(nn.Module):
     ) -> None:
         if kernel_size % 2 != 1:
             raise ValueError(f'CBAM: kernel_size={kernel_size} must be odd')
+        check_rd_ratio(channels, rd_ratio, 'CBAM')
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.channels = channels

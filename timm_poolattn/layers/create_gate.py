@@ -4,16 +4,26 @@ from timm.layers import EcaModule, SEModule, create_attn
 from timm.layers.cbam import ChannelAttn
 from torch import nn
 
+from ._check import check_rd_ratio
 from .cbam import CBAM
+from .identity_init import IdentityInit
 from .saam import SAAM
 from .sge import SGE
 from .spem import SPEM
 from .srm import SRM
 
+
+def _reduced(layer: type[nn.Module], channels: int, *, rd_ratio: float, rd_channels: int | None = None, **kwargs):
+    """One of timm's layers, whose own rounding would make one hidden channel of none."""
+    if rd_channels is None:
+        check_rd_ratio(channels, rd_ratio, layer.__name__)
+    return layer(channels, rd_ratio=rd_ratio, rd_channels=rd_channels, **kwargs)
+
+
 #: Channel gates by the name that model names carry. FA gates whole blocks: see focus_association.py.
 GATES = {
-    'se': partial(SEModule, rd_divisor=1),
-    'se2': partial(ChannelAttn, rd_ratio=1 / 4),  # one g on average and max pooling, summed
+    'se': partial(_reduced, SEModule, rd_ratio=1 / 16, rd_divisor=1),
+    'se2': partial(_reduced, ChannelAttn, rd_ratio=1 / 4),  # one g on average and max pooling, summed
     'cbam': CBAM,
     'eca': EcaModule,
     'srm': SRM,
@@ -25,12 +35,19 @@ GATES = {
 }
 
 
-def create_gate(name: str, channels: int, **kwargs) -> nn.Module:
-    """The gate `name` for `channels` channels, by timm's create_attn. `kwargs` go to the gate's constructor.
+def create_gate(name: str, channels: int, *, identity_init: bool = False, **kwargs) -> nn.Module:
+    """The gate `name` for `channels` channels, by timm's create_attn.
+
+    Args:
+        name: one of `GATES`.
+        channels: C, the channels of the input.
+        identity_init: start without effect, see `IdentityInit`. Default: False.
+        **kwargs: of the gate's constructor.
 
     Raises:
-        ValueError: a name that `GATES` does not hold.
+        ValueError: a name that `GATES` does not hold, or what the gate's constructor refuses.
     """
     if name not in GATES:
         raise ValueError(f'unknown gate {name!r}; choose from {", ".join(GATES)}')
-    return create_attn(GATES[name], channels, **kwargs)
+    gate = create_attn(GATES[name], channels, **kwargs)
+    return IdentityInit(gate) if identity_init else gate

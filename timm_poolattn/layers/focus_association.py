@@ -15,7 +15,7 @@ from timm.layers import make_divisible
 from torch import nn
 from torch.nn import functional as F
 
-from ._check import check_channels
+from ._check import check_channels, check_rd_ratio
 
 
 class Focus(nn.Module):
@@ -30,10 +30,12 @@ class Focus(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
+        ValueError: an `rd_ratio` that leaves no channel.
         AssertionError: the input has another number of channels.
     """
 
     def __init__(self, channels: int, *, rd_ratio: float = 1 / 4, device=None, dtype=None) -> None:
+        check_rd_ratio(channels, rd_ratio, 'Focus')
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.channels = channels
@@ -79,11 +81,13 @@ class FocusAssociation(nn.Module):
         index: i, at least 1.
         rd_ratio: hidden channels of the focus over C. Default: 1/4, the paper's r1 = 4.
         expand_ratio: hidden width of the association over i. Default: 4, the paper's r2.
+        identity_init: start without effect: 1 + alpha (k_i - 1) in place of k_i, with a learned alpha that starts at
+            0. Default: False.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: `index` below 1: block 0 is the benchmark and has no gate.
+        ValueError: `index` below 1 (block 0 is the benchmark and has no gate), or an `rd_ratio` that leaves no channel.
         AssertionError: the input has another number of channels, or `ks` another number of earlier k.
     """
 
@@ -94,6 +98,7 @@ class FocusAssociation(nn.Module):
         *,
         rd_ratio: float = 1 / 4,
         expand_ratio: int = 4,
+        identity_init: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -104,13 +109,14 @@ class FocusAssociation(nn.Module):
         self.index = index
         self.focus = Focus(channels, rd_ratio=rd_ratio, **dd)
         self.association = Association(index, expand_ratio=expand_ratio, **dd) if index > 1 else None
+        self.register_parameter('alpha', nn.Parameter(torch.zeros((), **dd)) if identity_init else None)
 
     def forward(self, x: torch.Tensor, ks: list[torch.Tensor]) -> torch.Tensor:
         torch._assert(len(ks) == self.index - 1, 'FocusAssociation: block i takes the i - 1 earlier k of its stage')
         k = self.focus(x)
         if self.association is not None:
             k = self.association(torch.cat(ks + [k], dim=1))
-        return k
+        return k if self.alpha is None else 1 + self.alpha * (k - 1)
 
 
 def fa_weight(x: torch.Tensor, u: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from timm.layers import make_divisible
 from torch import nn
 from torch.nn import functional as F
 
-from ._check import check_channels
+from ._check import check_channels, check_rd_ratio
 
 
 class SAAM(nn.Module):
@@ -31,7 +31,7 @@ class SAAM(nn.Module):
     Parameters are 2 C^2 rd_ratio + K kernel_size^2: no layer has a bias.
 
     Raises:
-        ValueError: an even `kernel_size`, or `paths` below 1.
+        ValueError: an even `kernel_size`, `paths` below 1, or an `rd_ratio` that leaves no channel.
         AssertionError: the input has another number of channels.
     """
 
@@ -51,6 +51,8 @@ class SAAM(nn.Module):
             raise ValueError(f'SAAM: kernel_size={kernel_size} must be odd, so that V has the size of its input')
         if paths < 1:
             raise ValueError(f'SAAM: paths={paths} must be at least 1')
+        if rd_channels is None:
+            check_rd_ratio(channels, rd_ratio, 'SAAM')
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.channels = channels

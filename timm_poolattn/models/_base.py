@@ -1,5 +1,6 @@
 """What the small-image networks share: stages with FA over blocks and stages, and timm's model API on top of them."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,14 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from ..layers import FocusAssociation, fa_weight, fa_weight_unskipped
+
+
+def check_gate(model: str, gate: str | None, gate_kwargs: dict[str, Any] | None, carried: Iterable[str]) -> None:
+    """Refuse a gate that `model` cannot carry, and keyword arguments that no channel gate would take."""
+    if gate is not None and gate not in carried:
+        raise ValueError(f'{model} carries no gate {gate!r}; choose from {", ".join(carried)}, or None')
+    if gate_kwargs and gate in (None, 'fa'):
+        raise ValueError(f'{model}: gate_kwargs={gate_kwargs} are of a channel gate, and gate={gate!r} is none')
 
 
 class Stage(nn.Module):
@@ -79,6 +88,28 @@ class Stage(nn.Module):
         return fa_weight_unskipped(x, k, run, self.skip_threshold, self.skip_per_sample)
 
 
+def set_skip_threshold(model: nn.Module, threshold: float, per_sample: bool = True) -> None:
+    """In evaluation, skip blocks and stages whose k (FA, Eq. 8) falls below `threshold`.
+
+    Args:
+        model: one of ours with FA gates, or one that `insert(model, 'fa')` gave them.
+        threshold: in [0, 1]. 0 is exactly the plain forward.
+        per_sample: skip them for the samples below it, which runs the others gathered in a smaller batch.
+            Default: True. False: only where the whole batch is below it.
+
+    Raises:
+        ValueError: a threshold outside [0, 1], or a model without FA.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f'threshold={threshold} must lie in [0, 1]')
+    if not any(isinstance(module, FocusAssociation) for module in model.modules()):
+        raise ValueError('nothing to skip: the model has no FA gates; *_fa and *_fase models have')
+    for module in model.modules():
+        if hasattr(module, 'skip_threshold'):
+            module.skip_threshold = float(threshold)
+            module.skip_per_sample = per_sample
+
+
 class StagedNet(nn.Module):
     """A stem, stages and a head, with timm's model API.
 
@@ -112,24 +143,8 @@ class StagedNet(nn.Module):
 
     @torch.jit.ignore
     def set_skip_threshold(self, threshold: float, per_sample: bool = True) -> None:
-        """In evaluation, skip blocks and stages whose k (FA, Eq. 8) falls below `threshold`.
-
-        Args:
-            threshold: in [0, 1]. 0 is exactly the plain forward.
-            per_sample: skip them for the samples below it, which runs the others gathered in a smaller batch.
-                Default: True. False: only where the whole batch is below it.
-
-        Raises:
-            ValueError: a threshold outside [0, 1], or a model without FA.
-        """
-        if not 0 <= threshold <= 1:
-            raise ValueError(f'threshold={threshold} must lie in [0, 1]')
-        if not any(isinstance(module, FocusAssociation) for module in self.stages.modules()):
-            raise ValueError('nothing to skip: the model has no FA gates; *_fa and *_fase models have')
-        for module in self.stages.modules():
-            if hasattr(module, 'skip_threshold'):
-                module.skip_threshold = float(threshold)
-                module.skip_per_sample = per_sample
+        """See `timm_poolattn.set_skip_threshold`."""
+        set_skip_threshold(self, threshold, per_sample)
 
     @torch.jit.ignore
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:

@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import ConvNormAct, create_attn, to_2tuple
-from timm.models import build_model_with_cfg
+from timm.layers import ConvNormAct, create_attn, register_notrace_module, to_2tuple
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models.inception_v4 import (
     InceptionA,
     InceptionB,
@@ -27,12 +27,25 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..layers import GATES, FocusAssociation
-from ._base import Stage, StagedNet
+from ._base import Stage, StagedNet, check_gate
 from ._cfg import read_default_cfgs, register_models
 
 __all__ = ['CifarInceptionV4']
 
 _STAGES = ((InceptionA, 4, 384), (InceptionB, 7, 1024), (InceptionC, 3, 1536))
+
+
+@register_notrace_module  # its control flow depends on the shape
+class PadToSize(nn.Module):
+    """Zero-pad smaller images to size x size."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, w = max(self.size - x.shape[2], 0), max(self.size - x.shape[3], 0)
+        return F.pad(x, [w // 2, w - w // 2, h // 2, h - h // 2])
 
 
 def _conv(in_chs: int, out_chs: int, kernel_size, stride: int = 1, padding=None, seven: int = 7, **dd) -> nn.Module:
@@ -73,11 +86,12 @@ class CifarInceptionV4(StagedNet):
         in_chans: Default: 3.
         global_pool: Default: 'avg'.
         drop_rate: dropout before the classifier. Default: 0.
+        img_size: side of the images, which `feature_info` refers to; the forward takes any. Default: 32.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: an unknown gate.
+        ValueError: an unknown gate, or `gate_kwargs` without a gate to take them.
     """
 
     stem_pattern = r'^stem'
@@ -90,20 +104,20 @@ class CifarInceptionV4(StagedNet):
         in_chans: int = 3,
         global_pool: str = 'avg',
         drop_rate: float = 0.0,
+        img_size: int = 32,
         device=None,
         dtype=None,
     ) -> None:
-        if gate not in (None, 'se', 'fa', 'fase'):
-            raise ValueError(f'unknown gate {gate!r}; CifarInceptionV4 carries se, fa, fase, or None')
+        check_gate('CifarInceptionV4', gate, gate_kwargs, ('se', 'fa', 'fase'))
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.in_chans = in_chans
         self.gate = gate
-        self.image_size = 96  # what smaller images are padded to
         has_fa = gate in ('fa', 'fase')
         se = partial(GATES['se'], rd_ratio=1 / 8) if gate in ('se', 'fase') else None
         se_kwargs = {**(gate_kwargs or {}), **dd}
 
+        self.pad = PadToSize(96)
         self.stem = nn.Sequential(
             _conv(in_chans, 32, kernel_size=3, stride=2, **dd),
             _conv(32, 32, kernel_size=3, **dd),
@@ -112,7 +126,8 @@ class CifarInceptionV4(StagedNet):
             Mixed4a(_conv, **dd),
             Mixed5a(_conv, **dd),
         )
-        self.feature_info = [dict(num_chs=384, reduction=8, module='stem')]
+        reduction = 8 * img_size / max(img_size, self.pad.size)  # of the image before it is padded
+        self.feature_info = [dict(num_chs=384, reduction=reduction, module='stem')]
         small_conv = partial(_conv, seven=5)
         stages = []
         for s, (block, count, width) in enumerate(_STAGES):
@@ -124,15 +139,15 @@ class CifarInceptionV4(StagedNet):
                 )
                 for i in range(count)
             ]
-            reduction = (None, ReductionA, ReductionB)[s]
+            reduction_block = (None, ReductionA, ReductionB)[s]
             stages.append(
                 Stage(
                     blocks,
                     fa=FocusAssociation(width, s, **dd) if has_fa and s else None,
-                    reduction=reduction(small_conv, **dd) if reduction else None,
+                    reduction=reduction_block(small_conv, **dd) if reduction_block else None,
                 )
             )
-            self.feature_info.append(dict(num_chs=width, reduction=8 * 2**s, module=f'stages.{s}'))
+            self.feature_info.append(dict(num_chs=width, reduction=reduction * 2**s, module=f'stages.{s}'))
         self.stages = nn.ModuleList(stages)
         for m in self.modules():
             if isinstance(m, nn.MaxPool2d):
@@ -140,12 +155,13 @@ class CifarInceptionV4(StagedNet):
         self._set_head(num_classes, global_pool, drop_rate, **dd)
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
-        h, w = max(self.image_size - x.shape[2], 0), max(self.image_size - x.shape[3], 0)
-        return self.stem(F.pad(x, [w // 2, w - w // 2, h // 2, h - h // 2]))
+        return self.stem(self.pad(x))
 
 
 def create_cifar_inception_v4(variant: str, pretrained: bool = False, **kwargs) -> CifarInceptionV4:
     """Build a registered variant."""
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    kwargs.setdefault('img_size', cfg.input_size[-1])
     return build_model_with_cfg(
         CifarInceptionV4,
         variant,

@@ -24,7 +24,7 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
 from ..layers import GATES, FocusAssociation
-from ._base import Stage, StagedNet
+from ._base import Stage, StagedNet, check_gate
 from ._cfg import read_default_cfgs, register_models
 
 __all__ = ['CifarResNet']
@@ -182,7 +182,8 @@ class CifarResNet(StagedNet):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: a depth that the block does not allow (it names the nearest), an unknown block, gate or flavour.
+        ValueError: a depth that the block does not allow (it names the nearest), an unknown block, gate or flavour, or
+            `gate_kwargs` without a gate to take them.
     """
 
     stem_pattern = r'^conv1|bn1'
@@ -207,8 +208,7 @@ class CifarResNet(StagedNet):
     ) -> None:
         if block not in BLOCKS:
             raise ValueError(f'unknown block {block!r}; choose from {", ".join(BLOCKS)}')
-        if gate not in (None, 'fa', 'fase', *GATES):
-            raise ValueError(f'unknown gate {gate!r}; choose from {", ".join((*GATES, "fa", "fase"))}, or None')
+        check_gate('CifarResNet', gate, gate_kwargs, (*GATES, 'fa', 'fase'))
         has_fa = gate in ('fa', 'fase')
         flavour = flavour or {'bottleneck': 'spem', 'resnext': 'resnext'}.get(block, 'fa' if has_fa else 'saam')
         if flavour not in FLAVOURS:

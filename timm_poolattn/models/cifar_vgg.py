@@ -14,7 +14,7 @@ from timm.models import build_model_with_cfg, checkpoint
 from torch import nn
 
 from ..layers import GATES, FocusAssociation, fa_weight, fa_weight_unskipped
-from ._base import StagedNet
+from ._base import StagedNet, check_gate
 from ._cfg import read_default_cfgs, register_models
 
 __all__ = ['CifarVgg']
@@ -92,7 +92,7 @@ class CifarVgg(StagedNet):
     Images must be at least 32x32.
 
     Raises:
-        ValueError: an unknown gate.
+        ValueError: an unknown gate, or `gate_kwargs` without a gate to take them.
     """
 
     stem_pattern = r'^stem'
@@ -110,8 +110,7 @@ class CifarVgg(StagedNet):
         device=None,
         dtype=None,
     ) -> None:
-        if gate not in (None, 'se', 'fa', 'fase'):
-            raise ValueError(f'unknown gate {gate!r}; CifarVgg carries se, fa, fase, or None')
+        check_gate('CifarVgg', gate, gate_kwargs, ('se', 'fa', 'fase'))
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.in_chans = in_chans
