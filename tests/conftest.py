@@ -1,5 +1,6 @@
 import os
-from pathlib import Path
+import tarfile
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
@@ -49,4 +50,22 @@ def image_folder(tmp_path) -> Path:
             for i in range(count):
                 pixels = torch.randint(low, low + 128, (32, 32, 3), generator=generator, dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(folder / f'{i}.png')
+    return root
+
+
+@pytest.fixture(scope='session')
+def cifar10_few(cifar10_mini, tmp_path_factory) -> Path:
+    """A folder of real images: CIFAR-10, four training and two test images of each class."""
+    root = tmp_path_factory.mktemp('data') / 'cifar10-few'
+    counts = {}
+    with tarfile.open(cifar10_mini) as tar:
+        for member in tar:
+            path = PurePosixPath(member.name)
+            if member.isfile() and len(path.parts) >= 3:
+                split, class_name = path.parts[-3:-1]
+                counts[split, class_name] = number = counts.get((split, class_name), 0) + 1
+                if number <= (4 if split == 'train' else 2):
+                    to = root.joinpath(*path.parts[-3:])
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    to.write_bytes(tar.extractfile(member).read())
     return root

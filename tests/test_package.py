@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from timm_poolattn.models import released
+from timm_poolattn.training import recipes
 
 ROOT = Path(__file__).parents[1]
 USE = """
 import json, timm, timm_poolattn
 from timm_poolattn.models import released
+from timm_poolattn.training import recipes
 model = timm.create_model('resnet20_saam', pretrained=True)
-print(json.dumps([timm_poolattn.__file__, sorted(released()), float(sum(p.sum() for p in model.parameters()))]))
+print(json.dumps([timm_poolattn.__file__, sorted(released()), list(recipes()), float(sum(p.sum() for p in model.parameters()))]))
 """
 
 
@@ -47,6 +49,8 @@ def test_wheel_carries_what_pretrained_needs(wheel):
     embedded = {n.split('/')[2] for n in names if n.endswith('.safetensors')}
     assert embedded == {name for name in released() if name.startswith('resnet20_')}
     assert 'timm_poolattn/CITATION.cff' in names  # the model card quotes it
+    for path in recipes().values():
+        assert f'timm_poolattn/recipes/{path.name}' in names
     assert 'timm_poolattn/py.typed' in names and 'timm_poolattn/papers/tables.yaml' in names
     assert {n.split('/')[0] for n in names} == {'timm_poolattn', wheel.name.rsplit('-', 3)[0] + '.dist-info'}
     assert wheel.stat().st_size < 25e6

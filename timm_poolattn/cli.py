@@ -127,6 +127,7 @@ def validate(name, data_dir, dataset, split, batch_size, device, as_json: bool) 
 
 
 @main.command(context_settings=dict(ignore_unknown_options=True, allow_extra_args=True, allow_interspersed_args=True))
+@click.option('--recipe', help='A name in train_scripts/recipes; every other argument overrides its values.')
 @click.option('--timm-script', type=click.Path(), help="timm's train.py. Default: $TIMM_TRAIN_SCRIPT, or found.")
 @click.option('--allow-unpinned-script', is_flag=True, help='Run a downloaded train.py without a pinned SHA-256.')
 @click.option('--resident/--no-resident', default=True, help="Hold the data on the device, or use timm's loader.")
@@ -135,9 +136,15 @@ def validate(name, data_dir, dataset, split, batch_size, device, as_json: bool) 
 @click.argument('timm_args', nargs=-1, type=click.UNPROCESSED)
 def train(timm_args, timm_script, allow_unpinned_script, **options) -> None:
     """Train with timm's own train.py, which takes every other argument: --model, --data-dir, --config, ..."""
-    from .training import train
+    from .training import RunStopped, train
 
-    train(timm_args, timm_script=timm_script, allow_unpinned=allow_unpinned_script, **options)
+    try:
+        train(timm_args, timm_script=timm_script, allow_unpinned=allow_unpinned_script, **options)
+    except RunStopped as e:
+        raise _Error(str(e)) from e
+    except KeyboardInterrupt as e:
+        click.echo(str(e) or 'interrupted before the first epoch', err=True)
+        sys.exit(130)  # a shell's code for it
 
 
 @main.command('warm-start')

@@ -1,9 +1,8 @@
 import pytest
 import torch
 from timm.data import FastCollateMixup, Mixup
-from timm.data.random_erasing import RandomErasing
 
-from timm_poolattn.data import ImageData, ResidentDataset, ResidentLoader
+from timm_poolattn.data import BatchErasing, ImageData, ResidentDataset, ResidentLoader
 
 STATS = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
@@ -119,9 +118,11 @@ def test_dtype():
 
 
 def test_random_erasing_and_mixup():
-    erase = RandomErasing(1.0, mode='const', device='cpu')
-    input, _ = next(iter(loader(random_erasing=erase)))
+    input, _ = next(iter(loader(erasing=BatchErasing(1.0))))
     assert (input == 0).any()
+    for mode in ('const', 'rand', 'pixel'):
+        input, _ = next(iter(loader(erasing=BatchErasing(1.0, mode))))
+        assert input.is_contiguous(memory_format=torch.channels_last)
     for mixup in (Mixup, FastCollateMixup):
         fn = mixup(mixup_alpha=1.0, num_classes=50, label_smoothing=0.0)
         batches = loader(mixup=fn, hflip=0.0, crop_padding=0)
@@ -130,7 +131,86 @@ def test_random_erasing_and_mixup():
         torch.testing.assert_close(target.sum(1), torch.ones(10))
         assert ((target > 0) & (target < 1)).any() and input.shape == (10, 3, 8, 8)
         batches.mixup_enabled = False  # what train.py's --mixup-off-epoch does
-        assert next(iter(batches))[1].shape == (10,)
+        input, target = next(iter(batches))
+        assert target.shape == (10, 50) and target.eq(1).sum() == 10
+
+
+def test_mixup_of_an_odd_batch():
+    """timm's mixup pairs images: of a data set smaller than a batch, the odd one is left out."""
+    fn = Mixup(mixup_alpha=1.0, num_classes=5)
+    ((input, target),) = loader(dataset(n=5), mixup=fn)
+    assert input.shape == (4, 3, 8, 8) and target.shape == (4, 5)
+
+
+def test_larger_images():
+    """Random crops of the images as they are in training, the centre in evaluation."""
+    images = torch.arange(12).view(1, 1, 12, 1).expand(30, 12, 12, 3) + 20 * torch.arange(12).view(1, 12, 1, 1)
+    data = ResidentDataset(ImageData(images.to(torch.uint8), torch.arange(30), [str(i) for i in range(30)]))
+    ((input, _),) = loader(data, batch_size=30, is_training=False)
+    assert pixels(input).round().int()[:, :, 0, 0].eq(20 * 2 + 2).all()
+    seen = set()
+    for epoch in range(20):
+        data.set_epoch(epoch)
+        for input, _ in loader(data, hflip=0.0):
+            corner = pixels(input).round().int()[:, 0, 0, 0]
+            assert pixels(input).round().int()[:, 0, 7, 7].equal(corner + 20 * 7 + 7)
+            seen.update(corner.tolist())
+    assert seen == {20 * y + x for y in range(5) for x in range(5)}
+
+
+class TestBatchErasing:
+    def draw(self, n=20000, **kwargs):
+        boxes = BatchErasing(**{'probability': 1.0, **kwargs}).draw(n, 32, 32, torch.Generator().manual_seed(0))
+        return boxes, (boxes[..., 2:] - boxes[..., :2]).prod(-1) / 32**2
+
+    @pytest.mark.parametrize('max_count', [1, 3])
+    def test_boxes_are_distributed_as_timms(self, max_count):
+        """Area, height and position of the erased pixels, against timm's own erasing of as many images."""
+        import random
+
+        from timm.data.random_erasing import RandomErasing
+
+        random.seed(0)
+        n = 20000
+        boxes, _ = self.draw(n, max_count=max_count)
+        ours = BatchErasing(1.0, max_count=max_count)(torch.ones(n, 1, 32, 32), boxes)
+        timms = RandomErasing(1.0, max_count=max_count, device='cpu')(torch.ones(n, 1, 32, 32))
+        for erased in (lambda x: (x == 0).float().mean(0).mean(), lambda x: (x == 0).any(3).float().mean()):
+            assert erased(ours).item() == pytest.approx(erased(timms).item(), abs=0.01)
+        where = [(x == 0).float().mean((0, 1)) for x in (ours, timms)]
+        torch.testing.assert_close(*where, atol=0.02, rtol=0)
+
+    def test_boxes_lie_within(self):
+        boxes, area = self.draw()
+        assert (boxes[..., :2] >= 0).all() and (boxes[..., 2:] <= 32).all()
+        assert 0.01 < area.min() < 0.03 and 0.3 < area.max() < 0.36
+
+    def test_probability(self):
+        _, area = self.draw(probability=0.25)
+        assert (area > 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+
+    def test_fills(self):
+        boxes = torch.tensor([[[1, 2, 4, 7]], [[0, 0, 0, 0]]])
+        ones = torch.ones(2, 3, 8, 8)
+        for mode in ('const', 'rand', 'pixel'):
+            out = BatchErasing(1.0, mode)(ones.clone(), boxes)
+            box = out[0, :, 1:4, 2:7]
+            assert (out != 1).sum() == (box != 1).sum() == 3 * 3 * 5
+            assert len(box.unique()) == {'const': 1, 'rand': 3, 'pixel': 45}[mode]
+        with pytest.raises(ValueError, match='--remode x: choose from const, rand, pixel'):
+            BatchErasing(1.0, 'x')
+
+    def test_is_a_function_of_seed_and_epoch(self):
+        epochs = []
+        for _ in range(2):
+            torch.rand(3)
+            epochs.append(torch.cat([x for x, _ in loader(erasing=BatchErasing(0.5))]))
+        assert epochs[0].equal(epochs[1])
+
+
+def test_fewer_images_than_processes():
+    with pytest.raises(ValueError, match='3 images are too few for 4 processes'):
+        loader(dataset(n=3), world_size=4)
 
 
 def test_wrong_size_is_named():

@@ -108,6 +108,23 @@ def test_a_truncated_image_is_named(image_folder):
         load_images(image_folder, 'train')
 
 
+def test_resizing_is_timms_evaluation(image_folder):
+    """Photos of any size and mode become what timm's own transform for evaluation makes of them."""
+    from timm.data import create_transform
+
+    folder = image_folder / 'train' / 'dog'
+    noise = Image.open(folder / '0.png')
+    for i, size in enumerate([(100, 40), (17, 90), (32, 33), (1, 1)]):
+        noise.resize(size).convert('L' if i == 1 else 'RGB').save(folder / f'{i}.png')
+    data = load_images(image_folder, 'train', size=24)
+    assert data.images.shape == (16, 24, 24, 3)
+    transform = create_transform((3, 24, 24), crop_pct=1.0, interpolation='bicubic', mean=(0,) * 3, std=(1,) * 3)
+    for i in range(4):
+        expected = transform(Image.open(folder / f'{i}.png').convert('RGB')).mul(255).round().to(torch.uint8)
+        assert data.images[8 + i].permute(2, 0, 1).equal(expected)
+    assert load_images(image_folder, 'test', size=32).images.equal(load_images(image_folder, 'test').images)
+
+
 def test_mixed_sizes_are_named(image_folder):
     Image.new('RGB', (40, 32)).save(image_folder / 'train' / 'dog' / '3.png')
     with pytest.raises(ValueError, match=r'mixed size: cat/0.png is 32x32, dog/3.png is 40x32'):

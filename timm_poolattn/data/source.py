@@ -18,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.data.readers.img_extensions import get_img_extensions
 from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
 
 _logger = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ def load_images(
     name: str = '',
     download: bool = False,
     img_mode: str = 'RGB',
+    size: int | None = None,
 ) -> ImageData:
     """Read one split of a data set into memory.
 
@@ -86,6 +89,8 @@ def load_images(
         name: 'torch/cifar10' or 'torch/cifar100' for torchvision's CIFAR files; '' for a folder or a tar.
         download: let torchvision download CIFAR into `root`.
         img_mode: PIL's mode to decode to, 'RGB' or 'L'. Default: 'RGB'.
+        size: resize images that are not size x size: the shorter side to `size`, then the square at the centre, as
+            timm's evaluation does. Default: as they are, which must be one size.
 
     Raises:
         FileNotFoundError: no `root`, or no such split in it.
@@ -97,7 +102,7 @@ def load_images(
     if root.is_dir():
         listing, base = _list_folder(root, split)
         read = lambda: ((i, (base / name).read_bytes()) for i, (name, *_) in enumerate(listing.files))  # noqa: E731
-        return _load_cached(base, split, img_mode, listing, read)
+        return _load_cached(base, split, img_mode, size, listing, read)
     if not root.exists():
         raise FileNotFoundError(f'{root}: no such folder or tar file')
     if not tarfile.is_tarfile(root):
@@ -108,7 +113,7 @@ def load_images(
         # in the archive's order, for a compressed one can only be read forwards
         order = sorted(enumerate(members[name] for name, *_ in listing.files), key=lambda item: item[1].offset)
         read = lambda: ((i, tar.extractfile(member).read()) for i, member in order)  # noqa: E731
-        return _load_cached(root, split, img_mode, listing, read)
+        return _load_cached(root, split, img_mode, size, listing, read)
 
 
 def _load_torchvision(name: str, root: Path, split: str, download: bool, img_mode: str) -> ImageData:
@@ -168,27 +173,34 @@ def _list_tar(root: Path, members: dict[str, tarfile.TarInfo], split: str) -> _L
     return _check_classes({f[1] for f in files}, files, f'{root}: {split}')
 
 
-def _load_cached(base: Path, split: str, img_mode: str, listing: _Listing, read) -> ImageData:
-    key = hashlib.sha256(f'{base.resolve()}\n{split}\n{img_mode}'.encode()).hexdigest()[:16]
+def _load_cached(base: Path, split: str, img_mode: str, size: int | None, listing: _Listing, read) -> ImageData:
+    key = hashlib.sha256(f'{base.resolve()}\n{split}\n{img_mode}\n{size}'.encode()).hexdigest()[:16]
     path = cache_dir() / f'{base.stem}-{split}-{key}.safetensors'
     fingerprint = listing.fingerprint()
     data = _read_cache(path, fingerprint)
     if data is None:
-        images = _decode(read(), listing, img_mode, str(base))
+        images = _decode(read(), listing, img_mode, size, str(base))
         index = {name: i for i, name in enumerate(listing.classes)}
         data = ImageData(images, torch.tensor([index[f[1]] for f in listing.files]), listing.classes)
         _write_cache(path, fingerprint, data)
     return data
 
 
-def _decode(blobs: Iterator[tuple[int, bytes]], listing: _Listing, img_mode: str, where: str) -> torch.Tensor:
+def _decode(
+    blobs: Iterator[tuple[int, bytes]], listing: _Listing, img_mode: str, size: int | None, where: str
+) -> torch.Tensor:
     """Images from the bytes of each file, which come with its index in `listing`."""
 
     def decode(item: tuple[int, bytes]) -> np.ndarray:
         i, blob = item
         try:
             with Image.open(io.BytesIO(blob)) as image:
-                return np.asarray(image.convert(img_mode))
+                if size:
+                    image = ImageOps.exif_transpose(image)
+                image = image.convert(img_mode)
+                if size:
+                    image = center_crop(resize(image, size, InterpolationMode.BICUBIC), [size, size])
+                return np.asarray(image)
         except Exception as e:  # PIL raises a dozen kinds
             name = listing.files[i][0]
             raise ValueError(f'{where}: {name} cannot be decoded as an image ({e}); repair or remove it') from e
@@ -208,7 +220,7 @@ def _decode(blobs: Iterator[tuple[int, bytes]], listing: _Listing, img_mode: str
                 elif image.shape != shape:
                     raise ValueError(
                         f'{where}: images of mixed size: {first} is {shape[1]}x{shape[0]}, {name} is'
-                        f' {image.shape[1]}x{image.shape[0]}; resize them, or use --no-resident'
+                        f' {image.shape[1]}x{image.shape[0]}; --img-size resizes them to one'
                     )
                 out[i] = image
             progress.update(len(chunk))

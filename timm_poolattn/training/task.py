@@ -1,31 +1,30 @@
-"""The training task: timm's classification task plus the penalty of Eq. 8 of the SPEM paper."""
+"""Training tasks: timm's own, plus the penalty of Eq. 8 of the SPEM paper."""
 
 from collections import OrderedDict
 
 import torch
-from timm.task import ClassificationTask
-from torch import nn
+from timm.task import ClassificationTask, TrainingTask
 
 
-class PenaltyTask(ClassificationTask):
-    """L = L_m + eta * sum over gates of (p0^2 + p1^2), SPEM Eq. 8.
+class PenaltyMixin:
+    """L = L_m + eta * sum over gates of (p0^2 + p1^2), SPEM Eq. 8; L_m is the loss of the task it is mixed into.
 
-    A penalty is added for every module of the model that has a `penalty()`; a model without any trains exactly as
-    with timm's ClassificationTask.
+    A penalty is added for every module of the trained model that has a `penalty()`; a model without any trains
+    exactly as with timm's task.
 
     Args:
-        model: The model to train.
-        *args: As in ClassificationTask.
+        *args: As in the task.
         penalty_weight: eta. Default: 0.1, the paper's.
-        **kwargs: As in ClassificationTask.
+        **kwargs: As in the task.
     """
 
-    def __init__(self, model: nn.Module, *args, penalty_weight: float = 0.1, **kwargs) -> None:
-        super().__init__(model, *args, **kwargs)
+    def __init__(self, *args, penalty_weight: float = 0.1, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
         self.penalty_weight = penalty_weight
-        self.gates = [m for m in model.modules() if hasattr(m, 'penalty')]  # a list, so that they stay the model's
+        # a list, so that they stay the model's; a distillation's teacher lies outside of the trainable module
+        self.gates = [m for m in self.get_trainable_module().modules() if hasattr(m, 'penalty')]
 
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'PenaltyTask':
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> TrainingTask:
         # train.py names its device always, and DDP refuses any name on a CPU
         return super().prepare_distributed(device_ids if self.device.type != 'cpu' else None, **ddp_kwargs)
 
@@ -42,9 +41,17 @@ class PenaltyTask(ClassificationTask):
             return OrderedDict(penalty=self.penalty().item(), mean_lambda=mean_lambda.item())
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As ClassificationTask, with the penalty in 'loss' and, by itself, under 'penalty'."""
+        """As the task, with the penalty in 'loss' and, by itself, under 'penalty'."""
         result = super().forward(input, target)
         if self.gates:
             result['penalty'] = self.penalty()
             result['loss'] = result['loss'] + self.penalty_weight * result['penalty']
         return result
+
+
+def with_penalty(task: type[TrainingTask]) -> type[TrainingTask]:
+    """The subclass of one of timm's tasks that takes `penalty_weight`; see `PenaltyMixin`."""
+    return type(f'Penalty{task.__name__}', (PenaltyMixin, task), {})
+
+
+PenaltyTask = with_penalty(ClassificationTask)

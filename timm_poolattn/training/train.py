@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 import os
 import platform
 import sys
@@ -16,28 +17,40 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from timm.data.random_erasing import RandomErasing
-from timm.models import safe_model_name
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg, safe_model_name
+from timm.task import TrainingTask
 
 from .. import __version__
-from ..data import ResidentDataset, ResidentLoader, load_images
-from .task import PenaltyTask
+from ..data import BatchErasing, ResidentDataset, ResidentLoader, load_images
+from .guard import Guard, check_checkpoint
+from .task import PenaltyMixin, with_penalty
 from .timm_script import find_train_script, load_train_script
 
 _logger = logging.getLogger(__name__)
 
-#: Options of train.py that need timm's own loader: images one by one, or other sizes.
+#: Options of train.py that need timm's own loader: images one by one, other sizes, or several copies of a batch.
 _NEED_TIMM_LOADER = (
-    *('aa', 'aug_splits', 'aug_repeats', 'epoch_repeats', 'naflex_loader', 'train_crop_mode', 'class_map'),
+    *('aa', 'aug_splits', 'aug_repeats', 'epoch_repeats', 'naflex_loader', 'train_crop_mode', 'class_map', 'resplit'),
     *('train_num_samples', 'val_num_samples', 'vflip', 'grayscale_prob', 'gaussian_blur_prob', 'tta'),
+    *('train_img_sizes', 'train_batch_sizes', 'train_batches_per_epoch'),
 )
 #: Arguments that say where something lies on one machine, not what was trained.
 _PLACES = ('data', 'data_dir', 'output', 'experiment', 'resume', 'initial_checkpoint', 'device', 'workers', 'pin_mem')
 
 
+def recipes() -> dict[str, Path]:
+    """The recipes by name: files for train.py's --config, from an installed package or a source checkout."""
+    package = Path(__file__).parent.parent
+    packaged = package / 'recipes'
+    folder = packaged if packaged.is_dir() else package.parent / 'train_scripts' / 'recipes'
+    return {path.stem: path for path in sorted(folder.glob('*.yaml'))}
+
+
 def train(
     argv: Sequence[str],
     *,
+    recipe: str | None = None,
     timm_script: str | Path | None = None,
     allow_unpinned: bool = False,
     resident: bool = True,
@@ -48,46 +61,65 @@ def train(
 
     Args:
         argv: arguments of train.py.
+        recipe: one of `recipes()`, whose values `argv` overrides. Default: none.
         timm_script: the train.py to run. Default: found by `find_train_script`.
         allow_unpinned: see `find_train_script`. Default: False.
         resident: hold the data on the training device and augment whole batches there. Default: True. Options of
             train.py that need images one by one fall back to timm's loader, with one line that says so.
         crop_padding: see `ResidentLoader`. Default: an eighth of the image's side.
-        penalty_weight: eta of `PenaltyTask`. Default: 0.1.
+        penalty_weight: eta of `PenaltyMixin`. Default: 0.1.
 
     The output folder gets, beside what timm writes, `run.json`: the recipe (the name of --config's file), the arguments
     that are not train.py's defaults, seed, versions, hardware and wall time.
 
     Raises:
-        FileNotFoundError, ValueError: as `find_train_script` and `load_images`.
+        FileNotFoundError, ValueError: as `find_train_script`, `load_images` and `check_checkpoint`, or no such recipe.
+        RunStopped: the loss is not finite, or the disk is full.
+        KeyboardInterrupt: Ctrl-C; its message says what was saved and how to resume.
     """
+    if recipe is not None:
+        if recipe not in recipes():
+            raise ValueError(f'no recipe {recipe!r}; choose from {", ".join(recipes())}, or give --config FILE')
+        argv = ['--config', str(recipes()[recipe]), *argv]
     module = load_train_script(find_train_script(timm_script, allow_unpinned=allow_unpinned))
     if not torch.cuda.is_available():
         module.parser.set_defaults(device='cpu')  # timm's default is cuda
     defaults = vars(module.parser.parse_args([]))
     argv_before, sys.argv = sys.argv, ['train.py', *argv]
+    handlers_before = logging.root.handlers[:]  # main adds its own each time
     try:
         args, args_text = module._parse_args()
+        if args.resume and args.resume != 'auto':  # newer train.py's own way to find it
+            check_checkpoint(args.resume)
         arguments = {k: v for k, v in vars(args).items() if v != defaults.get(k) and k not in _PLACES}
-        if args.initial_checkpoint:
-            arguments['initial_checkpoint'] = Path(args.initial_checkpoint).name
         args.experiment = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
         module._parse_args = lambda: (args, args_text)
-        module.ClassificationTask = partial(PenaltyTask, penalty_weight=penalty_weight)
-        module.train_one_epoch = _with_epoch_metrics(module.train_one_epoch)
+        for name, task in list(vars(module).items()):
+            if isinstance(task, type) and issubclass(task, TrainingTask):
+                setattr(module, name, partial(with_penalty(task), penalty_weight=penalty_weight))
+        guard = Guard(args.seed, rank=int(os.environ.get('RANK', 0)))
+        module.train_one_epoch = guard.around(_with_epoch_metrics(module.train_one_epoch))
         if resident and _can_be_resident(args):
-            module.create_dataset = create_resident_dataset
+            module.create_dataset = partial(create_resident_dataset, size=_decoded_size(args))
             module.create_loader = partial(create_resident_loader, crop_padding=crop_padding)
         start = time.time()
-        module.main()
+        with guard.watching():
+            module.main()
     finally:
-        sys.argv = argv_before
+        sys.argv, logging.root.handlers = argv_before, handlers_before
     output = Path(args.output or './output/train', args.experiment)
-    if int(os.environ.get('RANK', 0)) == 0:
+    if guard.rank == 0:
         options = dict(resident=resident, crop_padding=crop_padding, penalty_weight=penalty_weight)
         config = module.config_parser.parse_known_args(argv)[0].config
-        recipe = dict(recipe=Path(config).stem) if config else {}
-        _write_run(output, args, dict(**recipe, arguments=arguments, options=options), time.time() - start)
+        named = dict(recipe=Path(config).stem) if config else {}
+        seconds = time.time() - start
+        _write_run(output, args, dict(**named, arguments=arguments, options=options), seconds)
+        if not guard.interrupts:
+            rows = read_summary(output)
+            last = '  '.join(f'{name}: {value:.4g}' for name, value in rows[-1].items()) if rows else 'no epoch ended'
+            print(f'trained {args.model} in {seconds:.0f} s -> {output}  ({last})')
+    if guard.interrupts:  # train.py catches it, and ends as if it were done
+        raise KeyboardInterrupt(guard.save_interrupted())
     return output
 
 
@@ -100,6 +132,16 @@ def _can_be_resident(args) -> bool:
     return not need
 
 
+def _decoded_size(args) -> int | None:
+    """Side to which images of another size are brought as they are decoded; None for models that are not square.
+
+    --crop-pct leaves a margin around the model's own size: random crops in training, the centre in evaluation.
+    """
+    cfg = get_pretrained_cfg(args.model)
+    h, w = resolve_data_config(vars(args), pretrained_cfg=cfg.to_dict() if cfg else {})['input_size'][1:]
+    return None if h != w else math.floor(h / (args.crop_pct or 1))
+
+
 def create_resident_dataset(
     name: str,
     root: str | None = None,
@@ -107,12 +149,14 @@ def create_resident_dataset(
     download: bool = False,
     seed: int = 42,
     input_img_mode: str = 'RGB',
+    size: int | None = None,
     **_,
 ) -> ResidentDataset:
     """In place of timm.data.create_dataset."""
     if not root:
         raise ValueError('where are the images? --data-dir names a folder, a tar file, or the root of --dataset')
-    return ResidentDataset(load_images(root, split, name=name, download=download, img_mode=input_img_mode), seed)
+    data = load_images(root, split, name=name, download=download, img_mode=input_img_mode, size=size)
+    return ResidentDataset(data, seed)
 
 
 def create_resident_loader(
@@ -135,7 +179,6 @@ def create_resident_loader(
     **_,
 ) -> ResidentLoader:
     """In place of timm.data.create_loader. `collate_fn`, which train.py gives only for it, is timm's mixup."""
-    erase = RandomErasing(re_prob, mode=re_mode, max_count=re_count, device=device) if re_prob and is_training else None
     loader = ResidentLoader(
         dataset,
         input_size,
@@ -143,27 +186,29 @@ def create_resident_loader(
         is_training=is_training,
         mean=mean,
         std=std,
+        augment=not no_aug,
         img_dtype=img_dtype,
         device=device,
-        crop_padding=0 if no_aug else crop_padding,
-        hflip=0.0 if no_aug else hflip,
-        random_erasing=None if no_aug else erase,
+        crop_padding=crop_padding,
+        hflip=hflip,
+        erasing=BatchErasing(re_prob, re_mode, re_count) if re_prob else None,
         mixup=collate_fn,
         rank=torch.distributed.get_rank() if distributed else 0,
         world_size=torch.distributed.get_world_size() if distributed else 1,
     )
     if is_training:
+        h, w = dataset.data.images.shape[1:3]
         _logger.info(
-            f'{len(dataset)} images held on {device}: random crop with padding {loader.crop_padding},'
+            f'{len(dataset)} images of {w}x{h} held on {device}: random crop with padding {loader.crop_padding},'
             f' flip {loader.hflip}; --scale, --ratio and --color-jitter do not apply'
         )
     return loader
 
 
 def _with_epoch_metrics(train_one_epoch):
-    def wrapped(epoch: int, *args, task: PenaltyTask, **kwargs):
+    def wrapped(epoch: int, *args, task: TrainingTask, **kwargs):
         metrics = train_one_epoch(epoch, *args, task=task, **kwargs)
-        extra = task.epoch_metrics() if isinstance(task, PenaltyTask) else {}
+        extra = task.epoch_metrics() if isinstance(task, PenaltyMixin) else {}
         if extra:
             _logger.info(f'Train: {epoch} ' + '  '.join(f'{name}: {value:.4f}' for name, value in extra.items()))
         metrics.update(extra)
@@ -194,9 +239,6 @@ def _write_run(output: Path, args, run: dict[str, Any], seconds: float) -> None:
     temp = path.with_suffix('.tmp')
     temp.write_text(json.dumps(run, indent=2) + '\n')
     os.replace(temp, path)
-    rows = read_summary(output)
-    last = '  '.join(f'{name}: {value:.4g}' for name, value in rows[-1].items()) if rows else 'no epoch ended'
-    print(f'trained {args.model} in {seconds:.0f} s -> {output}  ({last})')
 
 
 def read_summary(output: str | Path) -> list[dict[str, float]]:

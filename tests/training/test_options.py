@@ -1,0 +1,179 @@
+"""Options of timm's train.py with the resident loader: its real main() in this process, on real images."""
+
+import argparse
+import json
+
+import pytest
+import torch
+import yaml
+from timm.utils import NativeScaler
+
+from timm_poolattn.training import PenaltyTask, read_summary, train
+from timm_poolattn.training.train import recipes
+
+HELD = '40 images of 32x32 held on cpu'
+
+
+def checkpoint(run, name='last'):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(run / f'{name}.pth.tar', weights_only=True)
+
+
+def run_train(train_script, data, output, *options, **kwargs):
+    argv = ['--data-dir', data, '--output', output, '--experiment', 'run', '--model', 'resnet20_spem.cifar10', '-b', 16]
+    argv += ['--epochs', 1, '--warmup-epochs', 0, '--lr', 0.05, '--opt', 'momentum', '--log-interval', 1, *options]
+    run = train(list(map(str, argv)), timm_script=train_script, **kwargs)
+    assert run == output / 'run'
+    return run
+
+
+@pytest.fixture
+def run(train_script, cifar10_few, tmp_path, caplog):
+    """Train for an epoch of two updates; returns the output folder."""
+    caplog.set_level('INFO')
+    return lambda *options, **kwargs: run_train(train_script, cifar10_few, tmp_path, *options, **kwargs)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        '--amp --amp-dtype bfloat16 --channels-last --clip-grad 1',
+        '--model-ema --model-ema-decay 0.5 --grad-accum-steps 2 --sched-on-updates',
+        '--mixup 0.2 --cutmix 1.0 --smoothing 0.1 --reprob 0.5 --mixup-off-epoch 1 --epochs 2',
+        '--mixup 0.2 --no-prefetcher --reprob 0.5 --remode rand --recount 2',
+        '--bce-loss --smoothing 0.1 --drop 0.1 --no-aug',
+        '--bce-loss --cutmix 1.0 --mixup-mode elem --bce-target-thresh 0.2',
+        '--kd-model-name resnet20_saam.cifar10 --distill-loss-weight 0.5',
+        '--kd-model-name resnet20_saam.cifar10 --kd-distill-type feature --model-ema',
+        '--model-dtype bfloat16 --remode pixel --reprob 1.0',
+        '--grad-checkpointing --opt adamw --layer-decay 0.9 --lr 0.001',
+        pytest.param('--torchcompile inductor --model-ema', marks=pytest.mark.slow),
+        pytest.param('--torchcompile eager --kd-model-name resnet20_fa.cifar10', marks=pytest.mark.slow),
+    ],
+)
+def test_options(run, caplog, options):
+    folder = run(*options.split())
+    assert HELD in caplog.text and "timm's own loader" not in caplog.text
+    *_, last = read_summary(folder)
+    assert all(torch.isfinite(torch.tensor(v)) for v in last.values()) and last['train_penalty'] < 9 * 0.5
+    state = checkpoint(folder)
+    assert ('state_dict_ema' in state) == ('--model-ema' in options)
+    p = state['state_dict']['stages.0.blocks.0.gate.p']
+    assert (p < 0.5).all() and p.dtype == (torch.bfloat16 if '--model-dtype' in options else torch.float32)
+
+
+def test_penalty_is_in_a_distillations_loss(run):
+    """p moves by Eq. 8's gradient alone while gamma is 0: the first update is lr * 2 eta p in every task."""
+    options = ['-b', 40, '--weight-decay', 0, '--kd-model-name', 'resnet20_saam.cifar10']
+    for kind in ('logit', 'feature'):
+        state = checkpoint(run(*options, '--kd-distill-type', kind), 'last')
+        for name, weight in state['state_dict'].items():
+            if name.endswith('gate.p'):
+                torch.testing.assert_close(weight, torch.full((2,), 0.5 - 0.05 * 0.1), rtol=1e-5, atol=0)
+
+
+def test_float16_loss_scaler():
+    """timm's scaler and our task, on the CPU: one step is the unscaled one's, an overflow skips the step."""
+    import timm
+
+    input, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    steps = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        task = PenaltyTask(timm.create_model('resnet20_spem'), torch.nn.CrossEntropyLoss()).train()
+        optimizer = torch.optim.SGD(task.trainable_module.parameters(), 0.1)
+        with torch.autocast('cpu', dtype=torch.float16):
+            loss = task(input, target)['loss']
+        if scaled:
+            NativeScaler(device='cpu')(loss, optimizer)
+        else:
+            loss.backward()
+            optimizer.step()
+        steps.append([p.detach().clone() for p in task.trainable_module.parameters()])
+    torch.testing.assert_close(*steps, rtol=1e-3, atol=1e-4)
+    NativeScaler(device='cpu')(task(input, target)['loss'] * float('inf'), optimizer)
+    torch.testing.assert_close([p.detach() for p in task.trainable_module.parameters()], steps[1], rtol=0, atol=0)
+
+
+def test_pretrained_with_another_head(run, cifar10_few):
+    """--pretrained --num-classes: all weights but the head's start from the trained ones."""
+    import timm
+
+    folder = run('--model', 'resnet20_saam.cifar10', '--pretrained', '--num-classes', 12, '--lr', 1e-9)
+    state = checkpoint(folder)['state_dict']
+    assert state['head.fc.weight'].shape == (12, 64)
+    for name, weight in timm.create_model('resnet20_saam.cifar10', pretrained=True).named_parameters():
+        if not name.startswith('head'):
+            torch.testing.assert_close(state[name], weight.data, rtol=0, atol=1e-6)
+
+
+def test_initial_checkpoint(run, tmp_path):
+    first = checkpoint(run())['state_dict']
+    start = tmp_path / 'start.pth.tar'
+    (tmp_path / 'run' / 'last.pth.tar').rename(start)
+    state = checkpoint(run('--initial-checkpoint', start, '--lr', 1e-9))['state_dict']
+    torch.testing.assert_close(state['conv1.weight'], first['conv1.weight'], rtol=0, atol=1e-6)
+
+
+def test_val_interval(run):
+    """Epochs that are not evaluated are not in the summary, nor counted as its rows are."""
+    folder = run('--epochs', 3, '--val-interval', 2)
+    assert [row['epoch'] for row in read_summary(folder)] == [1, 2]
+    assert json.loads((folder / 'run.json').read_text())['arguments']['epochs'] == 3
+
+
+def test_no_validation(run):
+    (row,) = read_summary(run('--val-split', ''))
+    assert row.keys() == {'epoch', 'train_loss', 'train_penalty', 'train_mean_lambda', 'lr'}
+
+
+@pytest.mark.parametrize(
+    'options, needs',
+    [
+        (['--aug-splits', 3, '--jsd-loss'], '--aug-splits'),
+        (['--aa', 'rand-m9-mstd0.5'], '--aa'),
+        (['--train-crop-mode', 'rkrc', '--vflip', 0.5], '--train-crop-mode, --vflip'),
+    ],
+    ids=['augmix', 'randaugment', 'crops'],
+)
+def test_falls_back_to_timms_loader(run, caplog, options, needs):
+    folder = run(*options, '--workers', 0, '--val-split', 'test')
+    assert f"training with timm's own loader, which {needs} needs" in caplog.text and HELD not in caplog.text
+    assert len(read_summary(folder)) == 1
+
+
+def test_naflex_falls_back(run, caplog):
+    """timm's NaFlex loader needs a model of its own; ours refuses its batches."""
+    options = ['--model', 'test_vit4', '--naflex-loader', '--model-kwargs', 'use_naflex=True', '--img-size', 32]
+    options += ['--naflex-train-seq-lens', 4, '--naflex-max-seq-len', 4, '--num-classes', 10]
+    run(*options, '--workers', 0, '--val-split', 'test')
+    assert "training with timm's own loader, which --naflex-loader needs" in caplog.text and HELD not in caplog.text
+
+
+def test_photos_of_any_size(train_script, image_folder, tmp_path, caplog):
+    """Twelve images of four sizes, a batch that is larger than the data, timm's margin around the crop."""
+    from PIL import Image
+
+    caplog.set_level('INFO')
+    for i, path in enumerate(sorted((image_folder / 'train').glob('*/*.png'))):
+        Image.open(path).resize((30 + 20 * (i % 4), 50)).save(path)
+        if i % 8 >= 6:
+            path.unlink()
+    options = ['--num-classes', 2, '-b', 128]
+    run_train(train_script, image_folder, tmp_path / 'a', *options)
+    assert '12 images of 32x32 held on cpu: random crop with padding 4' in caplog.text
+    run_train(train_script, image_folder, tmp_path / 'b', *options, '--crop-pct', 0.875)
+    assert '12 images of 36x36 held on cpu: random crop with padding 0' in caplog.text
+
+
+class TestRecipe:
+    def test_is_overridden(self, run):
+        folder = run('--batch-size', 20, recipe='spem-cifar10')
+        record = json.loads((folder / 'run.json').read_text())
+        assert record['arguments']['batch_size'] == 20 and record['recipe'] == 'spem-cifar10'
+        recipe = yaml.safe_load(recipes()['spem-cifar10'].read_text())
+        assert record['arguments']['weight_decay'] == recipe['weight_decay'] and record['arguments']['epochs'] == 1
+
+    def test_unknown(self, run):
+        with pytest.raises(ValueError, match="no recipe 'x'; choose from .*cpu-short, "):
+            run(recipe='x')

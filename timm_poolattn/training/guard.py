@@ -1,0 +1,163 @@
+"""What a run survives: Ctrl-C, a diverging loss, a full disk, a kill, a damaged checkpoint."""
+
+import errno
+import logging
+import math
+import random
+import signal
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from timm.task import TrainingTask
+from timm.utils import random_seed
+
+_logger = logging.getLogger(__name__)
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class RunStopped(RuntimeError):
+    """A run that cannot go on; the message says where it stopped, why, and what to do."""
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Refuse a checkpoint that is missing or damaged.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it was cut short or changed; the message offers the newest whole one beside it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'--resume: no file {path}')
+    if not _is_whole(path):
+        offer = newest_checkpoint(path.parent)
+        offer = f'the newest whole one is {offer}' if offer else 'no other in its folder is whole'
+        raise ValueError(f'--resume: {path} is damaged: it was cut short or changed; {offer}')
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of an epoch's end in a run's folder, if any."""
+    paths = [*folder.glob('last.pth.tar'), *folder.glob('checkpoint-*.pth.tar')]
+    return next((p for p in sorted(paths, key=lambda p: p.stat().st_mtime_ns, reverse=True) if _is_whole(p)), None)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:  # which torch.save writes, with a checksum for each tensor
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError, OSError):
+        return False
+
+
+class Guard:
+    """Stands around the epochs of timm's train.py.
+
+    Each epoch starts from random states that are a function of the seed, the epoch and the rank alone, so that an
+    epoch which is repeated after a kill repeats its mixup, erasing, dropout and drop path. A loss that is not finite
+    stops the run. Ctrl-C takes effect between two updates, never within one.
+
+    Args:
+        seed: train.py's.
+        rank: of this process. Default: 0.
+    """
+
+    def __init__(self, seed: int, rank: int = 0) -> None:
+        self.seed = seed
+        self.rank = rank
+        self.epoch = self.update = 0
+        self.saver = None  # train.py's, which the primary process alone has
+        self.training = False
+        self.interrupts = 0
+
+    def around(self, train_one_epoch: Callable) -> Callable:
+        """train.py's train_one_epoch, guarded."""
+
+        def guarded(epoch: int, model, loader, optimizer, *args, task: TrainingTask, saver=None, **kwargs):
+            self.epoch, self.update, self.saver, self.training = epoch, 0, saver, True
+            random_seed(random.Random(f'{self.seed}/{epoch}').getrandbits(31), self.rank)
+            losses = []
+            hook = task.register_forward_hook(lambda task, args, result: losses.append(result['loss'].detach().clone()))
+            update_ema = task.update_ema  # what train.py calls once after each update, and before it saves anything
+
+            def after_update(step: int | None = None) -> None:
+                self.update += 1
+                loss = torch.stack(losses).sum().item()
+                losses.clear()
+                if not math.isfinite(loss):
+                    lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
+                    raise RunStopped(
+                        f'the loss is {loss} in epoch {epoch}, update {self.update} of the epoch, at learning rate'
+                        f' {lr:g}; lower --lr, or clip with --clip-grad 1.{self._resume_from()}'
+                    )
+                update_ema(step=step)
+                if self.interrupts:
+                    raise KeyboardInterrupt
+
+            task.update_ema = after_update
+            try:
+                metrics = train_one_epoch(epoch, model, loader, optimizer, *args, task=task, saver=saver, **kwargs)
+            finally:
+                hook.remove()
+                del task.update_ema
+            self.training = False
+            return metrics
+
+        return guarded
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While train.py's main runs: Ctrl-C waits for the end of an update, and a full disk is named.
+
+        Raises:
+            RunStopped: a checkpoint could not be written.
+        """
+
+        def interrupt(signum, frame) -> None:
+            self.interrupts += 1
+            if not self.training or self.interrupts > 1:
+                raise KeyboardInterrupt
+
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, interrupt) if in_main_thread else None
+        try:
+            yield
+        except (OSError, RuntimeError) as e:
+            # torch's writer loses the errno
+            if getattr(e, 'errno', None) not in _DISK_FULL and 'PytorchStreamWriter' not in str(e):
+                raise
+            for leftover in self._folder().glob('*tmp.pth.tar') if self.saver else ():
+                leftover.unlink()
+            raise RunStopped(
+                f'the disk is full or a file too large while saving epoch {self.epoch}.{self._resume_from()}'
+            ) from e
+        finally:
+            if in_main_thread:
+                signal.signal(signal.SIGINT, before)
+
+    def save_interrupted(self) -> str:
+        """After Ctrl-C: save where it stopped, by timm's own recovery checkpoint; returns how to resume."""
+        message = f'interrupted in epoch {self.epoch} after {self.update} updates.'
+        if not self.saver:
+            return message
+        if self.interrupts == 1 and self.update:  # a second Ctrl-C may have hit within an update
+            self.saver.save_recovery(self.epoch, batch_idx=self.update - 1)
+            message += f' Saved {self.saver.curr_recovery_file}, to go on with epoch {self.epoch + 1}.'
+        return message + self._resume_from()
+
+    def _folder(self) -> Path:
+        return Path(self.saver.checkpoint_dir)
+
+    def _resume_from(self) -> str:
+        path = newest_checkpoint(self._folder()) if self.saver else None
+        if not path:
+            return ''
+        folder = path.parent
+        return (
+            f' To go on from the last whole epoch, as if nothing had happened: the same command with --output'
+            f' {folder.parent} --experiment {folder.name} --resume {path}'
+        )
