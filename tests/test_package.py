@@ -17,7 +17,8 @@ import json, timm, timm_poolattn
 from timm_poolattn.models import released
 from timm_poolattn.training import recipes
 model = timm.create_model('resnet20_saam', pretrained=True)
-print(json.dumps([timm_poolattn.__file__, sorted(released()), list(recipes()), float(sum(p.sum() for p in model.parameters()))]))
+total = float(sum(p.sum() for p in model.parameters()))
+print(json.dumps([timm_poolattn.__file__, sorted(released()), list(recipes()), total]))
 """
 
 

@@ -175,5 +175,5 @@ class TestRecipe:
         assert record['arguments']['weight_decay'] == recipe['weight_decay'] and record['arguments']['epochs'] == 1
 
     def test_unknown(self, run):
-        with pytest.raises(ValueError, match="no recipe 'x'; choose from .*cpu-short, "):
+        with pytest.raises(ValueError, match=r"no recipe 'x'; choose from .*cpu-short, "):
             run(recipe='x')

@@ -178,7 +178,8 @@ class ResidentLoader:
         self.targets = dataset.data.targets.to(self.device)
         # uint8 in, so the statistics are scaled rather than the images; whole rows of them, for one long inner loop
         self.mean, self.std = (
-            255 * torch.tensor(s, dtype=torch.float32, device=self.device).repeat(size[0] * size[1]) for s in (mean, std)
+            255 * torch.tensor(s, dtype=torch.float32, device=self.device).repeat(size[0] * size[1])
+            for s in (mean, std)
         )
         self._batch = torch.compile(self._gather) if self.device.type == 'cuda' and is_training else self._gather
 
@@ -229,9 +230,7 @@ class ResidentLoader:
                 input, target = Mixup.__call__(self.mixup, input[:even], target[:even])
             yield input, target
 
-    def _gather(
-        self, window: torch.Tensor, top: torch.Tensor, left: torch.Tensor, boxes: torch.Tensor
-    ) -> torch.Tensor:
+    def _gather(self, window: torch.Tensor, top: torch.Tensor, left: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         input = self.windows[window, top, left]
         flat = input.view(len(input), -1).float().sub_(self.mean).div_(self.std)
         input = flat.view(input.shape).permute(0, 3, 1, 2)

@@ -4,8 +4,10 @@ import errno
 import logging
 import math
 import random
+import shutil
 import signal
 import threading
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +54,12 @@ def _is_whole(path: Path) -> bool:
             return archive.testzip() is None
     except (zipfile.BadZipFile, EOFError, OSError):
         return False
+
+
+def _while_saving(e: Exception) -> bool:
+    # torch's writer loses the errno, so a full disk is known by where it happened
+    frames = (frame.f_globals['__name__'] for frame, _ in traceback.walk_tb(e.__traceback__))
+    return getattr(e, 'errno', None) in _DISK_FULL or 'timm.utils.checkpoint_saver' in frames
 
 
 class Guard:
@@ -127,13 +135,14 @@ class Guard:
         try:
             yield
         except (OSError, RuntimeError) as e:
-            # torch's writer loses the errno
-            if getattr(e, 'errno', None) not in _DISK_FULL and 'PytorchStreamWriter' not in str(e):
+            if not self.saver or not _while_saving(e):
                 raise
-            for leftover in self._folder().glob('*tmp.pth.tar') if self.saver else ():
+            for leftover in self._folder().glob('*tmp.pth.tar'):
                 leftover.unlink()
+            free = shutil.disk_usage(self._folder()).free / 1e9
             raise RunStopped(
-                f'the disk is full or a file too large while saving epoch {self.epoch}.{self._resume_from()}'
+                f'epoch {self.epoch} could not be saved, with {free:.3f} GB free on its disk'
+                f' ({str(e).splitlines()[0]}).{self._resume_from()}'
             ) from e
         finally:
             if in_main_thread:
