@@ -128,7 +128,7 @@ def small_disk(tmp_path):
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', folder], capture_output=True).returncode:
         pytest.skip('mounting a small file system needs root')
     yield folder
-    subprocess.run(['umount', folder], check=True)
+    subprocess.run(['umount', '-l', folder], check=True)
 
 
 def test_full_disk(train_script, cifar10_few, small_disk):
