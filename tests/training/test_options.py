@@ -111,7 +111,9 @@ def test_initial_checkpoint(run, tmp_path):
     first = checkpoint(run())['state_dict']
     start = tmp_path / 'start.pth.tar'
     (tmp_path / 'run' / 'last.pth.tar').rename(start)
-    state = checkpoint(run('--initial-checkpoint', start, '--lr', 1e-9))['state_dict']
+    folder = run('--initial-checkpoint', start, '--lr', 1e-9)
+    assert json.loads((folder / 'run.json').read_text())['arguments']['initial_checkpoint'] == 'start.pth.tar'
+    state = checkpoint(folder)['state_dict']
     torch.testing.assert_close(state['conv1.weight'], first['conv1.weight'], rtol=0, atol=1e-6)
 
 

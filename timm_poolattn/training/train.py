@@ -92,6 +92,8 @@ def train(
         if args.resume and args.resume != 'auto':  # newer train.py's own way to find it
             check_checkpoint(args.resume)
         arguments = {k: v for k, v in vars(args).items() if v != defaults.get(k) and k not in _PLACES}
+        if args.initial_checkpoint:
+            arguments['initial_checkpoint'] = Path(args.initial_checkpoint).name
         args.experiment = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
         module._parse_args = lambda: (args, args_text)
         for name, task in list(vars(module).items()):
