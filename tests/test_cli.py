@@ -9,7 +9,9 @@ import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
+from timm_poolattn import catalog
 from timm_poolattn.catalog import TABLE_MARKS, list_models, markdown_table
 from timm_poolattn.cli import main
 from timm_poolattn.models import released
@@ -47,17 +49,33 @@ class TestList:
 
     def test_table(self):
         lines = run('list', 'resnet20_saam').output.splitlines()
-        assert lines[0].split() == ['model', 'family', 'gate', 'parameters', 'top-1', '(%)']
-        assert lines[1].split()[:4] == ['resnet20_saam', 'cifar_resnet', 'saam', '281,051']
+        assert lines[0].split() == ['model', 'family', 'gate', 'parameters', 'Mmult-adds', 'top-1', '(%)']
+        assert lines[1].split()[:5] == ['resnet20_saam', 'cifar_resnet', 'saam', '281,051', '41.18']
 
     def test_multiply_adds(self):
         """What a module adds is what the SAAM paper's FLOPs column says: 0.01 SE, 0.11 SAAM, 0.21 CBAM (in 10^6)."""
-        rows = {r['gate']: r['multiply_adds'] for r in list_models('resnet20*', macs=True)}
+        rows = {r['gate']: r['multiply_adds'] for r in list_models('resnet20*')}
         added = {gate: (rows[gate] - rows[None]) / 1e6 for gate in ('se', 'saam', 'cbam')}
         assert added == pytest.approx(dict(se=0.01, saam=0.11, cbam=0.21), abs=0.01)
 
+    @pytest.mark.parametrize('name', ['resnet20_eca', 'resnet83_saam4', 'resnext29_fase', 'vgg19_fase', 'resnet50_fa'])
+    def test_multiply_adds_are_torchs(self, name):
+        """Half of what torch's counter says of convolutions and linear layers."""
+        with torch.device('meta'):
+            model = timm.create_model(name)
+            with FlopCounterMode(display=False) as counter:
+                model.eval()(torch.empty(1, *model.pretrained_cfg['input_size']))
+        flops = {str(op): n for op, n in counter.get_flop_counts()['Global'].items()}
+        expected = sum(flops.get(f'aten.{op}', 0) for op in ('convolution', 'addmm', 'mm')) // 2
+        assert [r['multiply_adds'] for r in list_models(name)] == [expected]
+
+    def test_counts_are_kept(self, monkeypatch):
+        rows = list_models('resnet20_s*')
+        monkeypatch.setattr(catalog, 'multiply_adds', None)
+        assert list_models('resnet20_s*') == rows and list_models('resnet20_saam') == rows[:1]
+
     def test_gates_and_families(self):
-        rows = {r['model']: (r['family'], r['gate']) for r in list_models('*v*')}
+        rows = {r['model']: (r['family'], r['gate']) for r in list_models('*v*19*') + list_models('inception*fa')}
         assert rows['inception_v4_fa'] == ('cifar_inception_v4', 'fa')
         assert rows['cifar_vgg19'] == ('cifar_vgg', None)
 

@@ -1,5 +1,7 @@
 """What exists: every model with its gate and parameters, and the results of those with a release folder."""
 
+import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -7,9 +9,10 @@ from typing import Any
 
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 from tqdm import tqdm
 
+from .data import cache_dir
 from .models import FAMILIES, released
 from .papers import paper_top1
 
@@ -22,46 +25,64 @@ def released_results() -> dict[str, dict[str, Any]]:
     return {name: json.loads((folder / 'results.json').read_text()) for name, folder in released().items()}
 
 
-def multiply_adds(model: torch.nn.Module) -> int:
+def multiply_adds(model: nn.Module) -> int:
     """Multiply-adds of the convolutions and linear layers for one image of the model's own size.
 
     This is what the SAAM paper's FLOPs column adds for a module: no pooling, no element-wise operation.
 
     Args:
-        model: on any device, 'meta' too; put into evaluation mode.
+        model: put into evaluation mode.
     """
+    counts = []
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)]
+    count = lambda m, _, out: counts.append(out.numel() * m.weight[0].numel())  # noqa: E731
+    hooks = [m.register_forward_hook(count) for m in layers]
     parameter = next(model.parameters())
-    image = torch.empty(1, *model.pretrained_cfg['input_size'], device=parameter.device, dtype=parameter.dtype)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(image)
-    counts = counter.get_flop_counts()['Global']
-    return sum(n for op, n in counts.items() if str(op) in ('aten.convolution', 'aten.addmm', 'aten.mm')) // 2
+    size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(counts)
 
 
-def list_models(filter: str = '', macs: bool = False) -> list[dict[str, Any]]:
+def _facts(names: list[str]) -> dict[str, dict[str, Any]]:
+    """`gate`, `parameters` and `multiply_adds` by name. A cache file keeps them for one state of the code."""
+    sources = [path for room in ('layers', 'models') for path in sorted((Path(__file__).parent / room).glob('*.py'))]
+    state = hashlib.sha256(b''.join(path.read_bytes() for path in sources) + timm.__version__.encode())
+    path = cache_dir() / f'models-{state.hexdigest()[:16]}.json'
+    facts = json.loads(path.read_text()) if path.is_file() else {}
+    missing = [name for name in names if name not in facts]
+    for name in tqdm(missing, desc='counting', unit='model', delay=1, leave=False):
+        model = timm.create_model(name, device='meta').to_empty(device='cpu')  # no initialisation
+        parameters = sum(p.numel() for p in model.parameters())
+        facts[name] = dict(gate=model.gate, parameters=parameters, multiply_adds=multiply_adds(model))
+    if missing:
+        with contextlib.suppress(OSError):  # a read-only disk costs the next call a count, no more
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temp = path.with_suffix(f'.{os.getpid()}.tmp')
+            temp.write_text(json.dumps(facts))
+            os.replace(temp, path)
+    return facts
+
+
+def list_models(filter: str = '') -> list[dict[str, Any]]:
     """Our models, by family and in order of name.
 
     Args:
         filter: a name or a pattern as in timm.list_models. Default: all.
-        macs: count multiply-adds too, which takes up to seconds for a deep model. Default: False.
 
     Returns:
-        For each `model`, `family`, `gate` (None for none), `parameters`, `multiply_adds` where `macs`, and `top1` in %
-        by tag, of those trained.
+        For each `model`, `family`, `gate` (None for none), `parameters`, `multiply_adds`, and `top1` in % by tag, of
+        those trained.
     """
-    results = released_results()
-    names = [(family, name) for family in FAMILIES for name in timm.list_models(filter, module=family)]
-    rows = []
-    for family, name in tqdm(names, desc='counting', unit='model', delay=1, leave=False):
-        with torch.device('meta'):  # no memory, no initialisation
-            model = timm.create_model(name)
-        row: dict[str, Any] = dict(model=name, family=family, gate=model.gate)
-        row['parameters'] = sum(p.numel() for p in model.parameters())
-        if macs:
-            row['multiply_adds'] = multiply_adds(model)
-        row['top1'] = {r['tag']: r['test']['top1'] for r in results.values() if r['model'] == name}
-        rows.append(row)
-    return rows
+    families = {name: family for family in FAMILIES for name in timm.list_models(filter, module=family)}
+    facts = _facts(list(families))
+    results = released_results().values()
+    top1 = {name: {r['tag']: r['test']['top1'] for r in results if r['model'] == name} for name in families}
+    return [dict(model=name, family=family, **facts[name], top1=top1[name]) for name, family in families.items()]
 
 
 def markdown_table() -> str:

@@ -43,6 +43,12 @@ def _default_device(device: str | None) -> str:
     return device or ('cuda' if torch.cuda.is_available() else 'cpu')
 
 
+def _require(extra: str, *modules: str) -> None:
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise _Error(f"this needs {', '.join(missing)}: pip install 'timm_poolattn[{extra}]'")
+
+
 @click.group(cls=_Group, context_settings=dict(help_option_names=['-h', '--help']))
 @click.version_option(__version__)
 def main() -> None:
@@ -51,26 +57,22 @@ def main() -> None:
 
 @main.command('list')
 @click.argument('filter', default='')
-@click.option('--macs', is_flag=True, help='Count multiply-adds too: seconds for a deep model.')
 @json_option
-def list_(filter: str, macs: bool, as_json: bool) -> None:
-    """List models: family, gate, parameters, and top-1 accuracy where trained. FILTER is a name or a pattern."""
+def list_(filter: str, as_json: bool) -> None:
+    """List models: family, gate, size, and top-1 accuracy where trained. FILTER is a name or a pattern."""
     from .catalog import list_models
 
-    rows = list_models(filter, macs)
+    rows = list_models(filter)
     if not rows:
         raise _Error(f"no model matches {filter!r}; try `poolattn list '*{filter.strip('*')}*'`")
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    macs_title = f'{"Mmult-adds":>12}' if macs else ''
-    click.echo(f'{"model":<20}{"family":<20}{"gate":<7}{"parameters":>12}{macs_title}  top-1 (%)')
+    click.echo(f'{"model":<23}{"family":<20}{"gate":<7}{"parameters":>12}{"Mmult-adds":>12}  top-1 (%)')
     for row in rows:
-        count = f'{row["multiply_adds"] / 1e6:>12.2f}' if macs else ''
         accuracy = '  '.join(f'{tag} {top1:.2f}' for tag, top1 in row['top1'].items())
-        line = (
-            f'{row["model"]:<20}{row["family"]:<20}{row["gate"] or "-":<7}{row["parameters"]:>12,}{count}  {accuracy}'
-        )
+        line = f'{row["model"]:<23}{row["family"]:<20}{row["gate"] or "-":<7}'
+        line += f'{row["parameters"]:>12,}{row["multiply_adds"] / 1e6:>12.2f}  {accuracy}'
         click.echo(line.rstrip())
 
 
@@ -124,6 +126,26 @@ def validate(name, data_dir, dataset, split, batch_size, device, as_json: bool) 
             f'{name}: top-1 {result["top1"]:.2f}%  top-5 {result["top5"]:.2f}%  loss {result["loss"]:.4f}'
             f'  on {result["images"]} images'
         )
+
+
+@main.command()
+@click.argument('name')
+@click.argument('out', type=click.Path(dir_okay=False, path_type=Path))
+@click.option('--format', required=True, type=click.Choice(['onnx', 'torchscript', 'pt2']))
+@click.option('--untrained', is_flag=True, help='Export NAME with random weights.')
+def export(name: str, out: Path, format: str, untrained: bool) -> None:
+    """Write the model NAME to the file OUT, for batches of any size, and check it against the model."""
+    if format == 'onnx':
+        _require('onnx', 'onnx', 'onnxscript', 'onnxruntime')
+    from .export import export
+    from .inference import load_pretrained, load_untrained
+
+    written = export((load_untrained if untrained else load_pretrained)(name), out, format)
+    size = 'x'.join(map(str, written['input_size']))
+    click.echo(
+        f'wrote {out}: {name}{" with random weights" * untrained}, {written["bytes"] / 1e6:.1f} MB, for any number of'
+        f' {size} images; largest difference from the model {written["difference"]:.1e}'
+    )
 
 
 @main.command(context_settings=dict(ignore_unknown_options=True, allow_extra_args=True, allow_interspersed_args=True))
@@ -190,12 +212,6 @@ def readme(path: Path) -> None:
 
     write_table(path)
     click.echo(f'wrote the model table of {path}')
-
-
-def _require(extra: str, *modules: str) -> None:
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise _Error(f"this needs {', '.join(missing)}: pip install 'timm_poolattn[{extra}]'")
 
 
 @main.command()

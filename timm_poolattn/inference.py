@@ -19,6 +19,23 @@ from .data import ImageData, ResidentDataset, ResidentLoader
 from .models import FAMILIES, hub_errors
 
 
+def _check_known(name: str) -> None:
+    known = timm.list_models(include_tags='.' in name)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        raise ValueError(f'unknown model {name!r}; nearest: {", ".join(near) or "none"}. `poolattn list` shows ours')
+
+
+def load_untrained(name: str) -> nn.Module:
+    """timm.create_model(name) in evaluation mode.
+
+    Raises:
+        ValueError: no such model; the message names the nearest.
+    """
+    _check_known(name)
+    return timm.create_model(name).eval()
+
+
 def load_pretrained(name: str) -> nn.Module:
     """timm.create_model(name, pretrained=True) in evaluation mode.
 
@@ -27,14 +44,9 @@ def load_pretrained(name: str) -> nn.Module:
         HubError: the Hub did not give the weights; the message says why.
     """
     if ':' not in name:  # hf-hub:..., local-dir:... are timm's to resolve
-        arch, _, tag = name.partition('.')
-        known = timm.list_models(include_tags=bool(tag))
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            raise ValueError(
-                f'unknown model {name!r}; nearest: {", ".join(near) or "none"}. `poolattn list` shows ours'
-            )
+        _check_known(name)
         if not timm.models.is_model_pretrained(name):
+            arch = name.partition('.')[0]
             trained = timm.list_pretrained(f'{arch}*') or timm.list_models(module=FAMILIES, pretrained=True)
             raise ValueError(f'{name} has no weights yet; with weights: {", ".join(trained) or "none"}')
     with hub_errors(name.partition(':')[2]):

@@ -73,22 +73,6 @@ def test_features_only(name):
     ]
 
 
-@pytest.mark.parametrize('name', RESNETS + ONE_OF_EACH[3:] + LARGE)
-def test_scriptable(name):
-    model = small(name, scriptable=True).eval()
-    x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
-
-
-@pytest.mark.parametrize('name', ONE_OF_EACH + LARGE)
-def test_export(name):
-    model = small(name, exportable=True).eval()
-    batch = torch.export.Dim('batch', min=2)
-    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
-    x = torch.randn(5, 3, 32, 32)
-    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize('name', ONE_OF_EACH + LARGE)
 def test_grad_checkpointing_changes_nothing(name):
     model = small(name).eval()
