@@ -148,25 +148,72 @@ def export(name: str, out: Path, format: str, untrained: bool) -> None:
     )
 
 
-@main.command(context_settings=dict(ignore_unknown_options=True, allow_extra_args=True, allow_interspersed_args=True))
-@click.option('--recipe', help='A name in train_scripts/recipes; every other argument overrides its values.')
-@click.option('--timm-script', type=click.Path(), help="timm's train.py. Default: $TIMM_TRAIN_SCRIPT, or found.")
-@click.option('--allow-unpinned-script', is_flag=True, help='Run a downloaded train.py without a pinned SHA-256.')
-@click.option('--resident/--no-resident', default=True, help="Hold the data on the device, or use timm's loader.")
-@click.option('--crop-padding', type=click.IntRange(0), help='Of the random crop. Default: an eighth of the side.')
-@click.option('--penalty-weight', type=float, default=0.1, show_default=True, help='eta of the SPEM penalty.')
-@click.argument('timm_args', nargs=-1, type=click.UNPROCESSED)
-def train(timm_args, timm_script, allow_unpinned_script, **options) -> None:
-    """Train with timm's own train.py, which takes every other argument: --model, --data-dir, --config, ..."""
-    from .training import RunStopped, train
+def train_options(command):
+    """What `train` and `finetune` share: options of ours, and any argument of timm's train.py."""
+    for option in (
+        click.option(
+            '--timm-script', type=click.Path(), help="timm's train.py. Default: $TIMM_TRAIN_SCRIPT, or found."
+        ),
+        click.option(
+            '--allow-unpinned-script', is_flag=True, help='Run a downloaded train.py without a pinned SHA-256.'
+        ),
+        click.option(
+            '--resident/--no-resident', default=True, help="Hold the data on the device, or use timm's loader."
+        ),
+        click.option(
+            '--crop-padding', type=click.IntRange(0), help='Of the random crop. Default: an eighth of the side.'
+        ),
+        click.option('--penalty-weight', type=float, default=0.1, show_default=True, help='eta of the SPEM penalty.'),
+        click.argument('timm_args', nargs=-1, type=click.UNPROCESSED),
+    ):
+        command = option(command)
+    return command
+
+
+def _run(function, *args, allow_unpinned_script: bool, **options):
+    """Call `train` or `finetune`; what stops a run ends in one line."""
+    from .training import RunStopped
 
     try:
-        train(timm_args, timm_script=timm_script, allow_unpinned=allow_unpinned_script, **options)
+        return function(*args, allow_unpinned=allow_unpinned_script, **options)
     except RunStopped as e:
         raise _Error(str(e)) from e
     except KeyboardInterrupt as e:
         click.echo(str(e) or 'interrupted before the first epoch', err=True)
         sys.exit(130)  # a shell's code for it
+
+
+_TIMM_ARGS = dict(ignore_unknown_options=True, allow_extra_args=True, allow_interspersed_args=True)
+
+
+@main.command(context_settings=_TIMM_ARGS)
+@click.option('--recipe', help='A name in train_scripts/recipes; every other argument overrides its values.')
+@train_options
+def train(timm_args, **options) -> None:
+    """Train with timm's own train.py, which takes every other argument: --model, --data-dir, --config, ..."""
+    from .training import train
+
+    _run(train, timm_args, **options)
+
+
+@main.command(context_settings=_TIMM_ARGS)
+@click.argument('data_dir', type=click.Path())
+@train_options
+def finetune(data_dir, timm_args, **options) -> None:
+    """Fine-tune trained weights to the classes of DATA_DIR, a folder or tar of images of any size, by class.
+
+    Every other argument is one of timm's train.py, and overrides the recipe `finetune`: --model, --epochs, --output ...
+    """
+    from .training import finetune
+
+    result = _run(finetune, data_dir, timm_args, **options)
+    click.echo(result.table())
+    picture = result.figure or "not drawn: pip install 'timm_poolattn[explain]'"
+    click.echo(f'confusion matrix: {picture}')
+    click.echo(
+        f'top-1 {result.top1:.2f}% with the best epoch, {result.epoch}; to use it:'
+        f' poolattn predict IMAGES --model local-dir:{result.model_dir}'
+    )
 
 
 @main.command('warm-start')

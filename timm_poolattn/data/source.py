@@ -84,7 +84,8 @@ def load_images(
     """Read one split of a data set into memory.
 
     Args:
-        root: a folder with a folder for each split, a tar of such a folder, or torchvision's root.
+        root: a folder with a folder for each split, a tar of such a folder, or torchvision's root. Of a folder with
+            the classes right in it, a fifth of each class is held out for evaluation.
         split: 'train', 'validation' or any of their usual synonyms ('test' is one of validation's).
         name: 'torch/cifar10' or 'torch/cifar100' for torchvision's CIFAR files; '' for a folder or a tar.
         download: let torchvision download CIFAR into `root`.
@@ -103,17 +104,38 @@ def load_images(
         listing, base = _list_folder(root, split)
         read = lambda: ((i, (base / name).read_bytes()) for i, (name, *_) in enumerate(listing.files))  # noqa: E731
         return _load_cached(base, split, img_mode, size, listing, read)
-    if not root.exists():
-        raise FileNotFoundError(f'{root}: no such folder or tar file')
-    if not tarfile.is_tarfile(root):
-        raise ValueError(f'{root}: neither a folder nor a tar file')
-    with tarfile.open(root) as tar:
+    with _open_tar(root) as tar:
         members = {m.name: m for m in tar if m.isfile()}
         listing = _list_tar(root, members, split)
         # in the archive's order, for a compressed one can only be read forwards
         order = sorted(enumerate(members[name] for name, *_ in listing.files), key=lambda item: item[1].offset)
         read = lambda: ((i, tar.extractfile(member).read()) for i, member in order)  # noqa: E731
         return _load_cached(root, split, img_mode, size, listing, read)
+
+
+def list_classes(root: str | Path, split: str = 'train') -> list[str]:
+    """The classes of a folder or a tar, in order; nothing is decoded.
+
+    Args:
+        root: as in `load_images`.
+        split: as in `load_images`. Default: 'train'.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `load_images`.
+    """
+    root = Path(root).expanduser()
+    if root.is_dir():
+        return _list_folder(root, split)[0].classes
+    with _open_tar(root) as tar:
+        return _list_tar(root, {m.name: m for m in tar if m.isfile()}, split).classes
+
+
+def _open_tar(root: Path) -> tarfile.TarFile:
+    if not root.exists():
+        raise FileNotFoundError(f'{root}: no such folder or tar file')
+    if not tarfile.is_tarfile(root):
+        raise ValueError(f'{root}: neither a folder nor a tar file')
+    return tarfile.open(root)
 
 
 def _load_torchvision(name: str, root: Path, split: str, download: bool, img_mode: str) -> ImageData:
@@ -149,9 +171,13 @@ def _check_classes(classes: set[str], files: list[tuple[str, str, int, int]], wh
 
 
 def _list_folder(root: Path, split: str) -> tuple[_Listing, Path]:
-    base = root / _match_split(split, (p.name for p in root.iterdir() if p.is_dir()), root)
-    classes = {p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith('.')}
+    folders = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.')]
     extensions = get_img_extensions(as_set=True)
+    splits = {*_TRAIN_SPLITS, *_EVAL_SPLITS}
+    hold_out = split in splits and not splits & {p.name for p in folders}
+    hold_out = hold_out and any(p.suffix.lower() in extensions for folder in folders for p in folder.iterdir())
+    base = root if hold_out else root / _match_split(split, (p.name for p in folders), root)
+    classes = {p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith('.')}
     files = []
     for class_name in classes:
         for folder, _, names in os.walk(base / class_name, followlinks=True):
@@ -160,7 +186,24 @@ def _list_folder(root: Path, split: str) -> tuple[_Listing, Path]:
                 if path.suffix.lower() in extensions:
                     stat = path.stat()
                     files.append((path.relative_to(base).as_posix(), class_name, stat.st_size, stat.st_mtime_ns))
+    if hold_out:
+        files = _hold_out(files, split in _TRAIN_SPLITS, base)
     return _check_classes(classes, files, str(base)), base
+
+
+def _hold_out(files: list[tuple[str, str, int, int]], training: bool, where: Path) -> list[tuple[str, str, int, int]]:
+    """Every fifth image of each class for evaluation, at least one, the others for training.
+
+    They are taken in the order of their names' hashes, so that it does not depend on how the names are sorted.
+    """
+    kept = []
+    for class_name in sorted({f[1] for f in files}):
+        mine = sorted((f for f in files if f[1] == class_name), key=lambda f: hashlib.sha256(f[0].encode()).digest())
+        if len(mine) < 2:
+            raise ValueError(f'{where}: {class_name} has one image; one to train on and one to evaluate are the least')
+        count = max(1, len(mine) // 5)
+        kept += mine[count:] if training else mine[:count]
+    return kept
 
 
 def _list_tar(root: Path, members: dict[str, tarfile.TarInfo], split: str) -> _Listing:

@@ -1,6 +1,19 @@
+from .finetune import Finetuned, finetune
 from .guard import RunStopped
 from .task import PenaltyTask, with_penalty
 from .timm_script import find_train_script
 from .train import read_summary, recipes, train
+from .warm_start import warm_start
 
-__all__ = ['PenaltyTask', 'RunStopped', 'find_train_script', 'read_summary', 'recipes', 'train', 'with_penalty']
+__all__ = [
+    'Finetuned',
+    'PenaltyTask',
+    'RunStopped',
+    'find_train_script',
+    'finetune',
+    'read_summary',
+    'recipes',
+    'train',
+    'warm_start',
+    'with_penalty',
+]

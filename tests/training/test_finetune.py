@@ -1,0 +1,92 @@
+"""From trained weights to a folder of one's own classes, by `poolattn finetune`, with timm's real train.py."""
+
+import json
+import os
+import re
+import sys
+
+import pytest
+import timm
+from click.testing import CliRunner
+from PIL import Image
+
+from timm_poolattn.cli import main
+from timm_poolattn.data import list_classes, load_images
+from timm_poolattn.inference import evaluate, load_pretrained
+
+CLASSES = {'bear': (200, 20, 20), 'cat': (20, 200, 20), 'dog': (20, 20, 200), 'emu': (200, 200, 20), 'fox': (9, 9, 9)}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Thirteen images of five classes, of as many sizes: coloured, so that a few epochs tell them apart."""
+    root = tmp_path / 'photos'
+    for number, (name, color) in enumerate(CLASSES.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(3 if number < 3 else 2):
+            size = (40 + 13 * i, 90 - 11 * number)
+            Image.effect_noise(size, 40).convert('RGB').save(root / name / f'{i}.jpg')
+            blend = Image.blend(Image.open(root / name / f'{i}.jpg'), Image.new('RGB', size, color), 0.9)
+            blend.save(root / name / f'{i}.jpg')
+    return root
+
+
+def run(train_script, *args, code=0):
+    result = CliRunner().invoke(main, ['finetune', *map(str, args), '--timm-script', str(train_script)])
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def test_a_folder_of_classes(train_script, photos, tmp_path):
+    out = run(train_script, photos, '--epochs', 12, '--output', tmp_path, '--experiment', 'run', '--workers', 0)
+    table = out[out.index('class  images') :].splitlines()
+    assert [line.split()[:2] for line in table[1:6]] == [[name, '1'] for name in CLASSES]
+    top1 = float(re.search(r'top-1 ([\d.]+)% with the best epoch, \d+', table[-1])[1])
+    assert sum(int(line.split()[2]) for line in table[1:6]) == round(top1 / 20)
+    assert Image.open(tmp_path / 'run' / 'confusion.png').size[0] > 300
+    # the weights that were kept are the best epoch's, and know their classes
+    model = load_pretrained(f'local-dir:{tmp_path / "run" / "model"}')
+    assert model.pretrained_cfg['label_names'] == list(CLASSES)
+    assert evaluate(model, load_images(photos, 'test', size=32))['top1'] == pytest.approx(top1)
+    assert top1 >= 60  # of five plain colours, one image each
+    image = photos / 'bear' / '0.jpg'
+    args = ['predict', str(image), '--model', f'local-dir:{tmp_path / "run" / "model"}', '--json']
+    (result,) = json.loads(CliRunner().invoke(main, args).stdout)
+    assert {p['label'] for p in result['predictions']} == set(CLASSES)
+
+
+def test_without_matplotlib(train_script, photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    args = ['--epochs', 1, '--output', tmp_path, '--experiment', 'run', '--model', 'resnet20_spem.cifar10']
+    out = run(train_script, photos, *args)
+    assert "confusion matrix: not drawn: pip install 'timm_poolattn[explain]'" in out
+    config = json.loads((tmp_path / 'run' / 'model' / 'config.json').read_text())
+    assert config['architecture'] == 'resnet20_spem' and config['num_classes'] == 5
+
+
+def test_hold_out(photos):
+    names = {split: load_images(photos, split, size=8) for split in ('train', 'validation', 'test')}
+    assert len(names['train']) == 8 and len(names['test']) == 5
+    assert names['test'].images.equal(names['validation'].images)
+    assert list_classes(photos) == list(CLASSES)
+    for path in list((photos / 'emu').iterdir())[1:]:
+        os.unlink(path)
+    with pytest.raises(ValueError, match='emu has one image'):
+        load_images(photos, 'train', size=8)
+
+
+def test_mistakes(train_script, photos, tmp_path):
+    result = CliRunner().invoke(main, ['finetune', str(tmp_path / 'nowhere')])
+    assert result.exit_code == 2 and result.output.endswith('nowhere: no such folder or tar file\n')
+
+
+def test_model_is_a_timm_model(train_script, photos, tmp_path):
+    """A model of timm's own, without weights: its size, not 32x32."""
+    args = ['--model', 'test_resnet', '--img-size', 48, '--output', tmp_path, '--experiment', 'run', '--epochs', 1]
+    (tmp_path / 'weights.pth').write_bytes(b'')
+    import torch
+
+    torch.save(timm.create_model('test_resnet').state_dict(), tmp_path / 'weights.pth')
+    run(train_script, photos, *args, '--pretrained-path', tmp_path / 'weights.pth')
+    config = json.loads((tmp_path / 'run' / 'model' / 'config.json').read_text())
+    assert config['pretrained_cfg']['input_size'] == [3, 48, 48]
