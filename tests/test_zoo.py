@@ -1,0 +1,135 @@
+"""train_scripts/zoo.py: what it plans, what it keeps, and that a killed zoo goes on."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+SCRIPT = Path(__file__).parents[1] / 'train_scripts' / 'zoo.py'
+
+
+@pytest.fixture
+def zoo(tmp_path, monkeypatch):
+    """The script as a module whose releases and results lie in `tmp_path`."""
+    spec = importlib.util.spec_from_file_location('zoo', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, 'zoo', module)
+    spec.loader.exec_module(module)
+    (tmp_path / 'hub_configs').mkdir()
+    monkeypatch.setattr(module, 'hub_configs_dir', lambda: tmp_path / 'hub_configs')
+    monkeypatch.setattr(module, 'RESULTS_DIR', tmp_path / 'results')
+    monkeypatch.setattr(module, 'load_results', lambda: [])
+    return module
+
+
+def manifest(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / 'manifest.yaml'
+    path.write_text(text)
+    return path
+
+
+def release(folder: Path, top1: float, recipe: str) -> Path:
+    folder.mkdir(parents=True)
+    result = dict(model='resnet20_fa', tag='cifar10', recipe=recipe, seed=42, last_epoch_top1=top1)
+    (folder / 'results.json').write_text(json.dumps(result))
+    (folder / 'model.safetensors').write_text(recipe)
+    return folder
+
+
+def test_an_entry_is_every_combination_without_what_is_done(zoo, tmp_path, monkeypatch):
+    done = dict(model='resnet20_fa', tag='cifar100', recipe='fa-cifar100', seed=1)
+    monkeypatch.setattr(zoo, 'load_results', lambda: [done])
+    entry = "- {models: [resnet20_fa, resnet56_fa], data: [cifar10, cifar100], recipe: 'fa-{data}', seeds: [1]}"
+    todo = zoo.read_manifest(manifest(tmp_path, entry), tmp_path)
+    assert [run.folder.name for run in todo] == [
+        'resnet20_fa.cifar10-fa-cifar10-1',
+        'resnet56_fa.cifar10-fa-cifar10-1',
+        'resnet56_fa.cifar100-fa-cifar100-1',
+    ]
+    assert [run.epochs for run in todo] == [240, 240, 240]  # FA paper, Sec. III-D
+
+
+def test_a_recipe_that_does_not_exist_is_named(zoo, tmp_path):
+    path = manifest(tmp_path, '- {models: [resnet20_fa], data: [cifar10], recipe: nosuch}')
+    result = CliRunner().invoke(zoo.main, ['--data-root', str(tmp_path), '--manifest', str(path)])
+    assert result.exit_code == 1 and "no recipe 'nosuch'; there are cpu-short" in result.output
+
+
+@pytest.mark.parametrize('path', sorted(SCRIPT.parent.glob('zoo*.yaml')), ids=lambda path: path.stem)
+def test_the_manifests_name_models_and_recipes_that_exist(zoo, tmp_path, path):
+    import timm
+
+    todo = zoo.read_manifest(path, tmp_path)
+    assert todo and len({run.folder for run in todo}) == len(todo)
+    assert {f'{run.model}.{run.data}' for run in todo} <= set(timm.list_models('*.*', include_tags=True))
+
+
+@pytest.mark.parametrize(('there', 'new', 'kept'), [(None, 90.0, 'new'), (89.0, 90.0, 'new'), (91.0, 90.0, 'there')])
+def test_the_better_release_stays_and_the_other_leaves_its_results(zoo, tmp_path, there, new, kept):
+    hub_configs, name = tmp_path / 'hub_configs', 'resnet20_fa.cifar10'
+    if there:
+        release(hub_configs / name, there, 'there')
+    zoo.keep_better(release(tmp_path / 'run' / name, new, 'new'), hub_configs)
+    assert (hub_configs / name / 'model.safetensors').read_text() == kept
+    assert [path.name for path in hub_configs.iterdir()] == [name]
+    left = {'there': 'new', 'new': 'there'}[kept]
+    expected = [f'{name}-{left}-42.json'] if there else []
+    assert [path.name for path in (tmp_path / 'results').glob('*')] == expected
+
+
+def test_data_that_is_not_there_is_left_out_by_name(zoo, tmp_path):
+    path = manifest(tmp_path, '- {models: [resnet20_fa], data: [cifar10], recipe: fa-cifar10}')
+    result = CliRunner().invoke(zoo.main, ['--data-root', str(tmp_path), '--manifest', str(path)])
+    assert result.exit_code == 0
+    assert f'left out: 1 runs on cifar10, which {tmp_path} does not hold' in result.output
+    assert result.output.endswith('nothing to train\n')
+
+
+_ZOO_IN = """
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location('zoo', sys.argv.pop(1))
+zoo = importlib.util.module_from_spec(spec); sys.modules['zoo'] = zoo; spec.loader.exec_module(zoo)
+root = pathlib.Path(sys.argv.pop(1))
+zoo.hub_configs_dir, zoo.RESULTS_DIR, zoo.load_results = lambda: root / 'hub_configs', root / 'results', lambda: []
+zoo.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_zoo_goes_on_where_it_was(train_script, image_folder, tmp_path):
+    (tmp_path / 'hub_configs').mkdir()
+    (tmp_path / 'data').mkdir()
+    image_folder.rename(tmp_path / 'data' / 'cifar10')
+    path = manifest(
+        tmp_path,
+        '- {models: [resnet20_saam, resnet20_fa], data: [cifar10], recipe: cpu-short,'
+        " args: [--epochs, '12', --batch-size, '4', --num-classes, '2']}",
+    )
+    command = [sys.executable, '-c', _ZOO_IN, str(SCRIPT), str(tmp_path), '--manifest', str(path)]
+    command += ['--data-root', str(tmp_path / 'data'), '--runs', str(tmp_path / 'runs'), '--jobs', '1']
+    env = {**os.environ, 'TIMM_TRAIN_SCRIPT': str(train_script)}
+    folder = tmp_path / 'runs' / 'resnet20_saam.cifar10-cpu-short-42'
+    killed = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while not (folder / 'last.pth.tar').exists():
+            assert killed.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        subprocess.run(['pkill', '-KILL', '-f', str(tmp_path)], check=False)  # the machine was taken away
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=280)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith('finished 2 of 2 runs, 0 failed; the same command does the rest\n')
+    assert 'Restoring' in (folder / 'log.txt').read_text() or 'Resum' in (folder / 'log.txt').read_text()
+    for model in ('resnet20_saam', 'resnet20_fa'):
+        results = json.loads((tmp_path / 'hub_configs' / f'{model}.cifar10' / 'results.json').read_text())
+        assert results['epochs'] == 12 and results['seed'] == 42

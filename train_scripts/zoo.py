@@ -1,0 +1,287 @@
+#!/usr/bin/env python3
+"""Train a manifest of models into release folders, on machines that may be taken away at any moment.
+
+    python train_scripts/zoo.py --data-root DATA                  # what train_scripts/zoo.yaml lists, in its order
+    python train_scripts/zoo.py --data-root DATA --time-budget 8  # stop after 8 hours, checkpointed
+    python train_scripts/zoo.py --data-root DATA --plan           # only print what is left and how long it takes
+
+A manifest is a YAML list; an entry stands for every combination of its models, data sets and seeds:
+
+    - models: [resnet20_saam, resnet20_fa]
+      data: [cifar10, cifar100]           # DATA/cifar10 and so on: folders by class
+      recipe: saam-{data}                 # a recipe of `poolattn train`
+      seeds: [42]                         # default: [42]
+      warm_start: resnet20_saam.cifar10   # source of `poolattn warm-start`; default: none
+      args: [--lr, '0.012']               # more arguments of `poolattn train`; default: none
+
+A run with a results file is done. The others are trained by `poolattn train`, several at once, each resumed from its
+newest whole checkpoint, and laid out by `poolattn release`. Where a model has a release folder already, the better of
+the two by last-epoch accuracy is in hub_configs, and the other leaves its results file. After any interruption the
+same command goes on where the last one stopped; several may work on one --runs folder.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+import click
+import timm
+import torch
+import yaml
+from tqdm import tqdm
+
+import timm_poolattn  # noqa: F401  registers the models
+from timm_poolattn.data import load_images
+from timm_poolattn.models import hub_configs_dir
+from timm_poolattn.papers import RESULTS_DIR, load_results
+from timm_poolattn.training import newest_checkpoint, read_summary, recipes
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the manifest, in `folder` of the runs."""
+
+    model: str
+    data: str
+    recipe: str
+    seed: int
+    warm_start: str | None
+    args: tuple[str, ...]
+    folder: Path
+
+    @property
+    def epochs(self) -> int:
+        given = dict(zip(self.args, self.args[1:], strict=False))
+        return int(given.get('--epochs', yaml.safe_load(recipes()[self.recipe].read_text())['epochs']))
+
+    @property
+    def epochs_done(self) -> int:
+        return len(read_summary(self.folder)) if newest_checkpoint(self.folder) else 0
+
+    def is_done(self) -> bool:
+        """Whether a results file, of a release or not, is this run's."""
+        mine = (self.model, self.data, self.recipe, self.seed)
+        return any((r['model'], r['tag'], r.get('recipe'), r['seed']) == mine for r in load_results())
+
+    def commands(self, data_root: Path, device: str) -> Iterator[list[str]]:
+        """What is left to do, each to be run when the one before it has succeeded."""
+        poolattn = [sys.executable, '-m', 'timm_poolattn.cli']
+        name, start = f'{self.model}.{self.data}', self.folder / 'warm-start.safetensors'
+        checkpoint = newest_checkpoint(self.folder)
+        begin = ['--resume', str(checkpoint)] if checkpoint else []
+        if self.warm_start and not checkpoint:
+            yield [*poolattn, 'warm-start', self.warm_start, name, '-o', str(start)]
+            begin = ['--initial-checkpoint', str(start)]
+        data = ['--data-dir', str(data_root / self.data)]
+        if not ((self.folder / 'run.json').is_file() and self.epochs_done >= self.epochs):
+            train = ['--model', name, '--seed', str(self.seed), '--val-split', 'test', '--device', device]
+            output = ['--output', str(self.folder.parent), '--experiment', self.folder.name]
+            yield [*poolattn, 'train', '--recipe', self.recipe, *train, *data, *output, *begin, *self.args]
+        release = ['release', str(self.folder), '--tag', self.data, *data, '--out', str(self.folder / 'release')]
+        yield [*poolattn, *release]
+
+
+def read_manifest(path: Path, runs: Path) -> list[Run]:
+    """The manifest's runs in its order, but for those that are done."""
+    todo = []
+    for entry in yaml.safe_load(path.read_text()):
+        for model, data, seed in product(entry['models'], entry['data'], entry.get('seeds', [42])):
+            recipe = entry['recipe'].format(data=data)
+            if recipe not in recipes():
+                raise click.ClickException(f'{path}: no recipe {recipe!r}; there are {", ".join(recipes())}')
+            warm_start = entry.get('warm_start', '').format(model=model) or None
+            folder = runs / f'{model}.{data}-{recipe}-{seed}'
+            todo.append(Run(model, data, recipe, seed, warm_start, tuple(entry.get('args', ())), folder))
+    return [run for run in todo if not run.is_done()]
+
+
+def seconds_per_image(model: str, device: str, batch_size: int = 128, steps: int = 3) -> tuple[float, int]:
+    """Of training, and the device memory that it takes in bytes (0 on a CPU), measured in a few steps."""
+    net = timm.create_model(model).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    input = torch.randn(batch_size, *net.default_cfg['input_size'], device=device)
+    input = input.contiguous(memory_format=torch.channels_last)
+    on_gpu = device == 'cuda'
+    times = []
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(1 + steps):
+        start = time.perf_counter()
+        net(input).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[1:]) / batch_size, torch.cuda.max_memory_reserved() if on_gpu else 0
+
+
+def make_plan(todo: list[Run], data_root: Path, device: str, jobs: int | None) -> tuple[list[float], int]:
+    """Seconds that each run still takes if it had the device to itself, and how many run at once."""
+    torch.set_num_threads(1)  # a run on the CPU has one
+    measured = {
+        model: seconds_per_image(model, device)
+        for model in tqdm(dict.fromkeys(run.model for run in todo), desc='measuring', unit='model')
+    }
+    images = {data: len(load_images(data_root / data, 'train')) for data in {run.data for run in todo}}
+    seconds = [(r.epochs - r.epochs_done) * images[r.data] * measured[r.model][0] for r in todo]
+    if jobs is None:
+        jobs = os.cpu_count()
+        if device == 'cuda':
+            memory = torch.cuda.get_device_properties(0).total_memory
+            # four small networks fill a large GPU; more only wait for one another
+            jobs = torch.cuda.device_count() * max(1, min(4, int(0.8 * memory / max(m for _, m in measured.values()))))
+    return seconds, jobs
+
+
+class Job:
+    """A run in progress: its processes one after the other, and the lock that keeps others off its folder."""
+
+    def __init__(self, run: Run, data_root: Path, device: str, slot: int) -> None:
+        self.run = run
+        run.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = (run.folder / '.lock').open('w')
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: another process trains it
+        self.log = (run.folder / 'log.txt').open('a')
+        self.commands = run.commands(data_root, device)
+        self.slot = slot
+        self.env = dict(os.environ)
+        if device == 'cuda':
+            self.env['CUDA_VISIBLE_DEVICES'] = str(slot % torch.cuda.device_count())
+        else:
+            self.env.setdefault('OMP_NUM_THREADS', '1')
+        self.process = self._next()
+
+    def _next(self) -> subprocess.Popen | None:
+        command = next(self.commands, None)
+        if command is None:
+            return None
+        # the children hold the lock too: should this process be killed, its orphans keep the folder until they end
+        fds = (self.lock.fileno(),)
+        streams = dict(stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, env=self.env, pass_fds=fds, start_new_session=True, **streams)
+
+    def poll(self) -> int | None:
+        """None while it goes on, else the exit code."""
+        code = self.process.poll()
+        if code != 0:
+            return code
+        self.process = self._next()
+        return None if self.process else 0
+
+    def stop(self) -> None:
+        """Let train.py end as Ctrl-C ends it; its last checkpoint is whole."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGINT)
+        self.process.wait()
+
+    def close(self) -> None:
+        self.log.close()
+        self.lock.close()
+
+
+def keep_better(new: Path, hub_configs: Path) -> Path:
+    """Move a release folder to `hub_configs` unless a better one is there; the worse leaves its results file."""
+    here = hub_configs / new.name
+    results = {path: json.loads((path / 'results.json').read_text()) for path in (new, here) if path.exists()}
+    worst_first = sorted(results, key=lambda path: results[path]['last_epoch_top1'])
+    for worse in worst_first[:-1]:
+        RESULTS_DIR.mkdir(exist_ok=True)
+        name = '{model}.{tag}-{recipe}-{seed}.json'.format(**{'recipe': 'unnamed', **results[worse]})
+        shutil.copy(worse / 'results.json', RESULTS_DIR / name)
+    if worst_first[-1] == here:
+        return RESULTS_DIR / name
+    staged, old = (hub_configs / f'.{new.name}.{suffix}' for suffix in ('new', 'old'))
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.copytree(new, staged)  # the runs may lie on another disk, and only a rename cannot be half done
+    if here.exists():
+        here.rename(old)
+    staged.rename(here)
+    shutil.rmtree(old, ignore_errors=True)
+    return here
+
+
+def train_all(todo: list[Run], data_root: Path, device: str, jobs: int, deadline: float) -> tuple[int, list[str]]:
+    """Train and release until nothing is left or the deadline has come; returns how many, and what failed."""
+    waiting, running, failed, finished = list(todo), [], [], 0
+    bar = tqdm(total=sum(run.epochs for run in todo), unit='epoch', smoothing=0)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                slot = min(set(range(jobs)) - {job.slot for job in running})
+                run = waiting.pop(0)
+                with suppress(BlockingIOError):
+                    if not run.is_done():  # by another process since
+                        running.append(Job(run, data_root, device, slot))
+            for job in list(running):
+                code = job.poll()
+                if code is None:
+                    continue
+                running.remove(job)
+                job.close()
+                if code:
+                    failed.append(f'{job.run.folder.name}: exit code {code}, see {job.run.folder / "log.txt"}')
+                    tqdm.write(failed[-1])
+                    continue
+                release = job.run.folder / 'release' / f'{job.run.model}.{job.run.data}'
+                tqdm.write(f'{job.run.folder.name} -> {keep_better(release, hub_configs_dir())}')
+                finished += 1
+            bar.n = sum(run.epochs_done for run in todo)
+            bar.set_description(', '.join(job.run.model for job in running))
+            if time.monotonic() > deadline:
+                break
+            time.sleep(1)
+    finally:
+        for job in running:
+            job.stop()
+            job.close()
+        bar.close()
+    return finished, failed
+
+
+@click.command()
+@click.option('--data-root', required=True, type=click.Path(path_type=Path, exists=True), help='Holds cifar10/, ...')
+@click.option('--manifest', type=click.Path(path_type=Path, exists=True), default=HERE / 'zoo.yaml')
+@click.option('--runs', type=click.Path(path_type=Path), default='runs', show_default=True, help='Their folder.')
+@click.option('--time-budget', type=float, default=float('inf'), help='Hours. Default: until all is done.')
+@click.option('--jobs', type=click.IntRange(1), help='Runs at once. Default: one a core, or as many as fit the GPUs.')
+@click.option('--plan', is_flag=True, help='Print the plan and stop.')
+def main(data_root: Path, manifest: Path, runs: Path, time_budget: float, jobs: int | None, plan: bool) -> None:
+    """Train what a manifest lists and no results file has, into release folders. See the head of this file."""
+    deadline = time.monotonic() + 3600 * time_budget
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated; the same command goes on'))  # runs the finally
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    todo = read_manifest(manifest, runs)
+    for data in sorted({run.data for run in todo if not (data_root / run.data).is_dir()}):
+        click.echo(f'left out: {sum(run.data == data for run in todo)} runs on {data}, which {data_root} does not hold')
+    todo = [run for run in todo if (data_root / run.data).is_dir()]
+    if not todo:
+        click.echo('nothing to train')
+        return
+    seconds, jobs = make_plan(todo, data_root, device, jobs)
+    for run, s in zip(todo, seconds, strict=True):
+        click.echo(f'{run.folder.name:<45} epochs {run.epochs_done:>3} of {run.epochs:<3}  about {s / 3600:7.2f} h')
+    total = f'{sum(seconds) / 3600:.1f} h of work'
+    click.echo(f'{len(todo)} runs, {total} if each had the {device} to itself; {jobs} at once')
+    if plan:
+        return
+    finished, failed = train_all(todo, data_root, device, jobs, deadline)
+    click.echo(f'finished {finished} of {len(todo)} runs, {len(failed)} failed; the same command does the rest')
+    sys.exit(bool(failed))
+
+
+if __name__ == '__main__':
+    main()
