@@ -171,6 +171,16 @@ class TestCard:
         args, _ = module._parse_args()
         assert (args.model, args.lr, args.opt_kwargs) == ('resnet20_saam', 0.1, dict(ns_steps=3))
 
+    def test_first_weights_are_named(self, folder):
+        results = json.loads((folder / 'results.json').read_text())
+        assert 'first weights' not in model_card(results).text
+        results['arguments']['initial_checkpoint'] = 'start.safetensors'
+        results['warm_start'] = 'resnet20_saam.cifar10 resnet56_saam'
+        assert (
+            'The first weights are those of `start.safetensors`, made by'
+            ' `poolattn warm-start resnet20_saam.cifar10 resnet56_saam -o start.safetensors`.'
+        ) in model_card(results).text
+
     def test_citation_and_use(self, folder):
         text = (folder / 'README.md').read_text()
         assert '@article{saam,' in text and 'Lee, Changwoo and Chung, Ki-Seok' in text

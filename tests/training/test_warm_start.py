@@ -51,4 +51,4 @@ def test_a_source_of_another_family_is_refused(tmp_path):
 def test_the_file_says_where_it_comes_from(tmp_path):
     warm_start('resnet32_saam', 'resnet20_saam.cifar10', tmp_path / 'deep.safetensors')
     with safe_open(tmp_path / 'deep.safetensors', 'pt') as f:
-        assert f.metadata() == {'warm_start': 'resnet32_saam from resnet20_saam.cifar10'}
+        assert f.metadata() == {'warm_start': 'resnet20_saam.cifar10 resnet32_saam'}

@@ -110,6 +110,10 @@ def model_card(results: dict[str, Any]) -> ModelCard:
     average = ' (the exponential moving average)' if results['checkpoint']['ema'] else ''
     versions = ', '.join(f'{k} {v}' for k, v in results['versions'].items())
     recipe = f'The recipe is `{results["recipe"]}`. ' if 'recipe' in results else ''
+    start = results['arguments'].get('initial_checkpoint')
+    if 'warm_start' in results:
+        start = f'{start}`, made by `poolattn warm-start {results["warm_start"]} -o {start}'
+    start = f'The first weights are those of `{start}`.\n\n' if start else ''
     resumed = ''.join(
         f'Resumed, with the test accuracy up to there known, from a run with\n\n{_yaml(run["arguments"])}\n\n'
         for run in results.get('resumed', [])
@@ -150,7 +154,7 @@ model = timm.create_model('hf-hub:{hub_org()}/{name}', pretrained=True)
 poolattn train --config recipe.yaml {_flags(results['options'])} --data-dir DIR
 ```
 
-{resumed}The curve of every epoch is in results.json.
+{start}{resumed}The curve of every epoch is in results.json.
 
 ## Licence and citation
 

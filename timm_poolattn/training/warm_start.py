@@ -42,7 +42,7 @@ def warm_start(model: str, source: str, out: str | Path) -> dict[str, int]:
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = out.with_name(f'.{out.name}.tmp')
-    metadata = dict(warm_start=f'{model} from {Path(source).name}')
+    metadata = dict(warm_start=f'{Path(source).name} {model}')  # as the command has them; `train` records it
     save_file({name: value.contiguous() for name, value in net.state_dict().items()}, temp, metadata)
     temp.replace(out)
     return dict(copied=len(copied), new=len(state) - len(copied))
