@@ -11,7 +11,7 @@ A manifest is a YAML list; an entry stands for every combination of its models, 
       data: [cifar10, cifar100]           # DATA/cifar10 and so on: folders by class
       recipe: saam-{data}                 # a recipe of `poolattn train`
       seeds: [42]                         # default: [42]
-      warm_start: resnet20_saam.cifar10   # source of `poolattn warm-start`; default: none
+      warm_start: '{model}.cifar10'       # source of `poolattn warm-start`; default: none
       args: [--lr, '0.012']               # more arguments of `poolattn train`; default: none
 
 A run with a results file is done. The others are trained by `poolattn train`, several at once, each resumed from its
@@ -82,9 +82,10 @@ class Run:
         name, start = f'{self.model}.{self.data}', self.folder / 'warm-start.safetensors'
         checkpoint = newest_checkpoint(self.folder)
         begin = ['--resume', str(checkpoint)] if checkpoint else []
-        if self.warm_start and not checkpoint:
-            yield [*poolattn, 'warm-start', self.warm_start, name, '-o', str(start)]
-            begin = ['--initial-checkpoint', str(start)]
+        if self.warm_start:
+            if not start.is_file():
+                yield [*poolattn, 'warm-start', self.warm_start, name, '-o', str(start)]
+            begin += ['--initial-checkpoint', str(start)]  # which --resume overrides, and the run's record names
         data = ['--data-dir', str(data_root / self.data)]
         if not ((self.folder / 'run.json').is_file() and self.epochs_done >= self.epochs):
             train = ['--model', name, '--seed', str(self.seed), '--val-split', 'test', '--device', device]

@@ -1,5 +1,5 @@
 from .finetune import Finetuned, finetune
-from .guard import RunStopped
+from .guard import RunStopped, newest_checkpoint
 from .task import PenaltyTask, with_penalty
 from .timm_script import find_train_script
 from .train import read_summary, recipes, train
@@ -11,6 +11,7 @@ __all__ = [
     'RunStopped',
     'find_train_script',
     'finetune',
+    'newest_checkpoint',
     'read_summary',
     'recipes',
     'train',

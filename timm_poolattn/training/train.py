@@ -17,6 +17,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from safetensors import safe_open
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg, safe_model_name
 from timm.task import TrainingTask
@@ -69,8 +70,8 @@ def train(
         crop_padding: see `ResidentLoader`. Default: an eighth of the image's side.
         penalty_weight: eta of `PenaltyMixin`. Default: 0.1.
 
-    The output folder gets, beside what timm writes, `run.json`: the recipe (the name of --config's file), the arguments
-    that are not train.py's defaults, seed, versions, hardware and wall time.
+    The output folder gets, beside what timm writes, `run.json`: the recipe (the name of --config's file), the source
+    of a warm start, the arguments that are not train.py's defaults, seed, versions, hardware and wall time.
 
     Raises:
         FileNotFoundError, ValueError: as `find_train_script`, `load_images` and `check_checkpoint`, or no such recipe.
@@ -114,6 +115,9 @@ def train(
         options = dict(resident=resident, crop_padding=crop_padding, penalty_weight=penalty_weight)
         config = module.config_parser.parse_known_args(argv)[0].config
         named = dict(recipe=Path(config).stem) if config else {}
+        if args.initial_checkpoint.endswith('.safetensors'):
+            with safe_open(args.initial_checkpoint, 'pt') as f:  # `warm_start` says where it comes from
+                named.update({k: v for k, v in (f.metadata() or {}).items() if k == 'warm_start'})
         seconds = time.time() - start
         _write_run(output, args, dict(**named, arguments=arguments, options=options), seconds)
         if not guard.interrupts:
