@@ -132,11 +132,3 @@ def test_cbam(shape):
         lambda x: equations.cbam(x, m.channel.fc1.weight.flatten(1), m.channel.fc2.weight.flatten(1), m.conv.weight),
         torch.randn(shape),
     )
-
-
-def test_ties_share_the_gradient():
-    """Where two positions share a channel's maximum, each gets half of its gradient."""
-    x = torch.tensor([[[[3.0, 3.0, 1.0, 2.0]]]], dtype=torch.double, requires_grad=True)
-    m = randomise(SPEM(1, dtype=torch.double))
-    m(x)[0, 0, 0, 3].backward()
-    assert x.grad[0, 0, 0, 0] == x.grad[0, 0, 0, 1] != 0

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ._check import check_channels, check_rd_ratio
+from ._steps import channel_mean, scale, weighted_pool
 
 
 class SAAM(nn.Module):
@@ -61,16 +62,27 @@ class SAAM(nn.Module):
         self.fc1 = nn.Linear(channels, rd_channels, bias=False, **dd)
         self.fc2 = nn.Linear(rd_channels, channels, bias=False, **dd)
 
-    def score_map(self, x: torch.Tensor) -> torch.Tensor:
-        """V of Eq. 7, shape (B, K, H, W): for each sample and path non-negative, with sum 1 over H, W."""
-        check_channels(x, self.channels, 'SAAM')
-        u = self.conv(x.mean(1, keepdim=True))  # Eq. 5, 6
+    def _scores(self, mean: torch.Tensor) -> torch.Tensor:
+        u = self.conv(mean)  # Eq. 6
         # a score that overflows float16 would turn the softmax into NaN: take the largest finite number instead
         u = torch.nan_to_num(u)
         return u.flatten(2).softmax(dim=-1).view_as(u)  # Eq. 7
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        v = self.score_map(x).flatten(2).to(x.dtype)
-        s = v @ x.flatten(2).transpose(1, 2)  # Eq. 4: (B, K, C)
+    def score_map(self, x: torch.Tensor) -> torch.Tensor:
+        """V of Eq. 7, shape (B, K, H, W): for each sample and path non-negative, with sum 1 over H, W."""
+        check_channels(x, self.channels, 'SAAM')
+        return self._scores(x.mean(1, keepdim=True))  # Eq. 5
+
+    def _gate(self, x: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
+        check_channels(x, self.channels, 'SAAM')
+        x, mean = channel_mean(x)  # Eq. 5
+        x, s = weighted_pool(x, self._scores(mean).to(x.dtype))  # Eq. 4: (B, K, C)
         r = F.sigmoid(self.fc2(F.relu(self.fc1(s))).sum(1))  # Eq. 8, 9
-        return x * r.to(x.dtype)[:, :, None, None]  # Eq. 10
+        return scale(x, r, shortcut)  # Eq. 10
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._gate(x, None)
+
+    def forward_add(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        """forward(x) + shortcut, with one pass less over the map."""
+        return self._gate(x, shortcut)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ._check import check_channels
+from ._steps import max_min_pool, scale
 
 #: Ways to build v_rew: Eq. 5-6, rows a-g of Table 4, its last row, and the authors' published code.
 REWEIGHT_FORMS = (
@@ -28,7 +29,7 @@ class SPEM(nn.Module):
     """Channel attention from a learned mix of global max and min pooling, Eq. 1-7.
 
     Shape: (B, C, H, W) -> (B, C, H, W), any B and any H, W >= 1. Where several positions share the maximum (or the
-    minimum) of a channel, its gradient is divided evenly among them.
+    minimum) of a channel, in eager mode one of them gets its gradient, in a compiled or scripted graph all alike.
 
     Args:
         channels: C, the channels of the input.
@@ -125,9 +126,9 @@ class SPEM(nn.Module):
             return F.sigmoid(gamma * f_min + beta)
         return F.sigmoid(gamma * f_min + gamma * f_max + beta)  # Eq. 5-6
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def _gate(self, x: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
         check_channels(x, self.channels, 'SPEM')
-        f_max, f_min = x.amax((2, 3)), x.amin((2, 3))  # Eq. 1
+        x, f_max, f_min = max_min_pool(x)  # Eq. 1
         if self.reweight == 'public':
             f_max = f_max * self.gamma_rew + self.beta_rew
             f_min = f_min * self.gamma_rew + self.beta_rew
@@ -137,4 +138,11 @@ class SPEM(nn.Module):
             v = v * F.sigmoid(f_max + f_min)
         elif self.reweight != 'none':
             v = v * self._v_rew(f_max, f_min)  # Eq. 7
-        return x * v.to(x.dtype)[:, :, None, None]
+        return scale(x, v, shortcut)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._gate(x, None)
+
+    def forward_add(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        """forward(x) + shortcut, with one pass less over the map."""
+        return self._gate(x, shortcut)

@@ -1,0 +1,136 @@
+"""The written-out backward passes against autograd's of the plain equations."""
+
+import pytest
+import torch
+from torch.func import functional_call, grad, vmap
+
+from timm_poolattn.layers import REWEIGHT_FORMS, SAAM, SPEM, _steps
+from timm_poolattn.models.cifar_resnet import BasicBlock
+
+from .test_equations import randomise
+
+GATES = {
+    'spem': SPEM,
+    'spem public': lambda c, **kwargs: SPEM(c, reweight='public', **kwargs),
+    'saam': SAAM,
+    'saam4': lambda c, **kwargs: SAAM(c, paths=4, **kwargs),
+}
+LAYOUTS = {
+    'contiguous': lambda x: x,
+    'channels_last': lambda x: x.to(memory_format=torch.channels_last),
+    'transposed': lambda x: x.mT.contiguous().mT,
+    'strided': lambda x: x.repeat_interleave(2, dim=3)[..., ::2],
+}
+
+
+@pytest.fixture
+def plainly(monkeypatch):
+    """Runs a function on the plain equations."""
+
+    def run(fn):
+        with monkeypatch.context() as m:
+            m.setattr(_steps, '_trains_eagerly', lambda x: False)
+            return fn()
+
+    return run
+
+
+def outputs_and_gradients(gate, x, shortcut, weights):
+    x, shortcut = x.detach().requires_grad_(), shortcut.detach().requires_grad_()
+    y, z = gate(x), gate.forward_add(x, shortcut)
+    return [y, z, *torch.autograd.grad((y * weights + z).sum(), [x, shortcut, *gate.parameters()])]
+
+
+@pytest.mark.parametrize('size', [(32, 32), (5, 3), (1, 1)])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('name', GATES)
+def test_equal_to_the_plain_equations(plainly, name, layout, size):
+    gate = randomise(GATES[name](16))
+    x, shortcut = (LAYOUTS[layout](torch.randn(3, 16, *size)) for _ in range(2))
+    weights = torch.randn_like(x)
+    actual = outputs_and_gradients(gate, x, shortcut, weights)
+    expected = plainly(lambda: outputs_and_gradients(gate, x, shortcut, weights))
+    torch.testing.assert_close(actual[:4], expected[:4], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual[4:], expected[4:], rtol=1e-5, atol=1e-4)  # sums over the batch and the maps
+    assert actual[0].stride() == expected[0].stride()
+
+
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+@pytest.mark.parametrize('name', GATES)
+def test_gradcheck(name, layout):
+    gate = randomise(GATES[name](4, dtype=torch.double))
+    x, shortcut = (LAYOUTS[layout](torch.randn(2, 4, 3, 2, dtype=torch.double)).requires_grad_() for _ in range(2))
+    parameters = list(gate.parameters())
+    fn = lambda x, shortcut, *_: gate.forward_add(x, shortcut)  # noqa: E731
+    assert torch.autograd.gradcheck(fn, (x, shortcut, *parameters))
+    assert torch.autograd.gradgradcheck(fn, (x, shortcut, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_one_of_tied_positions_gets_the_gradient(plainly, layout):
+    gate = randomise(SPEM(1, dtype=torch.double))
+    x = torch.tensor([[3.0, 1.0, 3.0], [2.0, 3.0, 2.0]], dtype=torch.double).view(1, 1, 2, 3)
+
+    def gradient():
+        leaf = LAYOUTS[layout](x.clone()).requires_grad_()
+        gate(leaf)[0, 0, 1, 0].backward()  # at that position the scaling's own gradient comes in
+        return leaf.grad[0, 0]
+
+    actual, expected = gradient(), plainly(gradient)
+    tied = x[0, 0] == 3
+    assert (actual[tied] != 0).sum() == 1
+    torch.testing.assert_close(actual[tied].sum(), expected[tied].sum())
+    torch.testing.assert_close(actual[~tied], expected[~tied])
+
+
+@pytest.mark.filterwarnings('ignore:There is a performance drop')
+@pytest.mark.parametrize('name', GATES)
+def test_per_sample_gradients(name):
+    gate = randomise(GATES[name](8))
+    parameters = dict(gate.named_parameters())
+    x = torch.randn(3, 8, 6, 5)
+
+    def loss(parameters, sample):
+        return functional_call(gate, parameters, (sample[None],)).square().sum()
+
+    together = vmap(grad(loss, argnums=(0, 1)), (None, 0))(parameters, x)
+    for i, sample in enumerate(x):
+        alone = grad(loss, argnums=(0, 1))(parameters, sample)
+        torch.testing.assert_close({n: g[i] for n, g in together[0].items()}, alone[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together[1][i], alone[1])
+
+
+@pytest.mark.parametrize('name', GATES)
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+def test_compiled(name, backend):
+    gate = randomise(GATES[name](16))
+    x, shortcut = torch.randn(3, 16, 8, 8), torch.randn(3, 16, 8, 8)
+    weights = torch.randn_like(x)
+    expected = outputs_and_gradients(gate, x, shortcut, weights)
+    torch._dynamo.reset()
+    compiled = torch.compile(outputs_and_gradients, backend=backend)
+    torch.testing.assert_close(compiled(gate, x, shortcut, weights), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('reweight', REWEIGHT_FORMS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_low_precision_training(reweight, dtype):
+    gate = randomise(SPEM(8, reweight=reweight))
+    x = torch.randn(2, 8, 6, 5).to(dtype).requires_grad_()
+    with torch.autocast('cpu', dtype=dtype):
+        y = gate(x)
+    y.float().square().sum().backward()
+    assert y.dtype == x.grad.dtype == dtype and x.grad.isfinite().all()
+    assert all(p.grad.dtype == torch.float32 for p in gate.parameters() if p.grad is not None)
+
+
+def test_a_hook_sees_the_gate_without_the_shortcut():
+    block = BasicBlock(8, 8, gate=randomise(SPEM(8))).eval()
+    x = torch.randn(2, 8, 6, 5)
+    expected = block(x, x)
+    seen = []
+    block.gate.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    torch.testing.assert_close(block(x, x), expected)
+    ((before, after),) = seen
+    torch.testing.assert_close(after, block.gate._gate(before, None))
+    torch.testing.assert_close(block.act2(after + x), expected)

@@ -1,0 +1,147 @@
+"""The passes that gates make over a map, each as a plain equation and with a backward pass of its own.
+
+What autograd derives from the plain equations compares whole maps to find an extreme again, and adds up a whole map
+for each use of x. In eager training each pooling step hands x on instead, so that its gradient is one map, which the
+steps before it add to in place, and an extreme is found again by its index. Elsewhere the plain equations run, which
+are the reference in the tests: without gradients nothing would be gained, and torch.compile fuses them itself.
+"""
+
+import torch
+from torch import fx
+from torch.autograd import Function
+from torch.nn import functional as F
+
+
+def _trains_eagerly(x: torch.Tensor) -> bool:
+    """Whether a gradient will be asked for, and no graph is being captured."""
+    if isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def max_min_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (B, C, H, W) -> x, f_max, f_min (B, C): Eq. 1 of SPEM. Go on with the x that comes back."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what such an `if` alone guards
+        if _trains_eagerly(x):
+            return _MaxMinPool.apply(x)[:3]
+    return x, x.amax((2, 3)), x.amin((2, 3))
+
+
+def channel_mean(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (B, C, H, W) -> x, its mean over channels (B, 1, H, W): Eq. 5 of SAAM. Go on with the x that comes back."""
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if _trains_eagerly(x):
+            return _ChannelMean.apply(x)
+    return x, x.mean(1, keepdim=True)
+
+
+def weighted_pool(x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (B, C, H, W), v (B, K, H, W) -> x, s (B, K, C): Eq. 4 of SAAM. Go on with the x that comes back."""
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if _trains_eagerly(x):
+            return _WeightedPool.apply(x, v)
+    return x, v.flatten(2) @ x.flatten(2).transpose(1, 2)
+
+
+def scale(x: torch.Tensor, v: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+    """x * v, + shortcut if there is one, in one pass. Shapes: x, shortcut (B, C, H, W), v (B, C)."""
+    v = v.to(x.dtype)[:, :, None, None]
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if _trains_eagerly(x):
+            return _Scale.apply(x, v, shortcut)
+    return x * v if shortcut is None else torch.addcmul(shortcut, x, v)
+
+
+def _own(grad: torch.Tensor) -> torch.Tensor:
+    """What may be written to: `grad` itself, which only `_Scale.backward` made, or a copy if it is part of a graph."""
+    return grad.clone() if torch.is_grad_enabled() else grad
+
+
+def _max_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest value of each map and its index in H*W, (B, C) each. x: (B, C, H, W)."""
+    b, c, h, w = x.shape
+    if not x.is_cpu:
+        return x.flatten(2).max(2)
+    # On CPU only max_pool2d finds indices with vector instructions, and only where channels come last:
+    if x.stride(1) == 1:
+        f, index = F.max_pool2d(x, (h, w), return_indices=True)
+        return f.flatten(1), index.flatten(1)
+    columns = x.reshape(b * c, h, 1, w).permute(0, 3, 1, 2)  # elsewhere the columns of a map can pose as channels
+    f, row = F.max_pool2d(columns, (h, 1), return_indices=True)
+    f, column = f.reshape(b, c, w).max(2)
+    return f, row.reshape(b, c, w).gather(2, column[..., None])[..., 0] * w + column
+
+
+class _MaxMinPool(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        f_max, i_max = _max_pool(x)
+        f_min, i_min = _max_pool(-x)
+        return x.view_as(x), f_max, -f_min, torch.stack([i_max, i_min], dim=2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[3])
+        ctx.save_for_backward(output[3])
+
+    @staticmethod
+    def backward(ctx, g_x, g_max, g_min, _):
+        (index,) = ctx.saved_tensors
+        flat = _own(g_x).flatten(2)
+        return flat.scatter_add_(2, index, torch.stack([g_max, g_min], dim=2)).view_as(g_x)
+
+
+class _ChannelMean(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.view_as(x), x.mean(1, keepdim=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g_x, g_mean):
+        return _own(g_x).add_(g_mean, alpha=1 / g_x.shape[1])
+
+
+class _WeightedPool(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, v):
+        return x.view_as(x), v.flatten(2) @ x.flatten(2).transpose(1, 2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g_x, g_s):
+        x, v = ctx.saved_tensors
+        g_v = (g_s @ x.flatten(2)).view_as(v)
+        g_x = _own(g_x)
+        for k in range(v.shape[1]):
+            g_x.addcmul_(g_s[:, k, :, None, None], v[:, k, None])
+        return g_x, g_v
+
+
+class _Scale(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, v, shortcut):
+        return x * v if shortcut is None else torch.addcmul(shortcut, x, v)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, g):
+        x, v = ctx.saved_tensors
+        return g * v, (g * x).sum((2, 3), keepdim=True), g if ctx.needs_input_grad[2] else None
