@@ -5,8 +5,8 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from timm_poolattn import CifarResNet
-from timm_poolattn.layers import GATES, REWEIGHT_FORMS
-from timm_poolattn.models import DATASETS
+from timm_poolattn.layers import GATES, REWEIGHT_FORMS, _steps
+from timm_poolattn.models import DATASETS, _gated
 
 NAMES = timm.list_models(module='cifar_resnet')
 
@@ -198,3 +198,47 @@ def test_authors_checkpoint_gives_the_same_logits(tmp_path, prefix):
     ).eval()
     x = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(model(x), authors_forward(sd, x, n), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['resnet20_spem', 'resnet20_saam', 'resnet20_se', 'resnet83_spem'])
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_gradients_where_the_gates_input_is_computed_again(monkeypatch, name, checkpointing):
+    model = timm.create_model(name, depth=20).double()
+    for p in model.parameters():
+        if p.ndim == 1:
+            nn.init.normal_(p, std=0.5)  # gates away from their start
+    model.set_grad_checkpointing(checkpointing)
+    x = torch.randn(4, 3, 16, 16, dtype=torch.double)
+
+    def gradients():
+        model.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward(retain_graph=not checkpointing)
+        if not checkpointing:
+            loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    actual = gradients()
+    monkeypatch.setattr(_gated, 'trains_eagerly', lambda x: False)
+    monkeypatch.setattr(_steps, 'trains_eagerly', lambda x: False)
+    torch.testing.assert_close(actual, gradients())
+
+
+def test_memory_of_training():
+    """A gate's input is not kept for its backward pass, so that SPEM needs at most 10% more memory than no gate."""
+
+    def saved_bytes(name):
+        model = timm.create_model(name, depth=29)
+        sizes = {}
+
+        def pack(t):
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        x = torch.randn(8, 3, 32, 32)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = model(x).sum()
+        del loss
+        return sum(sizes.values())
+
+    assert saved_bytes('resnet164_spem') < 1.1 * saved_bytes('resnet164')

@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 
-def _trains_eagerly(x: torch.Tensor) -> bool:
+def trains_eagerly(x: torch.Tensor) -> bool:
     """Whether a gradient will be asked for, and no graph is being captured."""
     if isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
@@ -22,7 +22,7 @@ def _trains_eagerly(x: torch.Tensor) -> bool:
 def max_min_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (B, C, H, W) -> x, f_max, f_min (B, C): Eq. 1 of SPEM. Go on with the x that comes back."""
     if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what such an `if` alone guards
-        if _trains_eagerly(x):
+        if trains_eagerly(x):
             return _MaxMinPool.apply(x)[:3]
     return x, x.amax((2, 3)), x.amin((2, 3))
 
@@ -30,15 +30,23 @@ def max_min_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def channel_mean(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (B, C, H, W) -> x, its mean over channels (B, 1, H, W): Eq. 5 of SAAM. Go on with the x that comes back."""
     if not torch.jit.is_scripting():  # noqa: SIM102
-        if _trains_eagerly(x):
+        if trains_eagerly(x):
             return _ChannelMean.apply(x)
     return x, x.mean(1, keepdim=True)
+
+
+def score_conv(mean: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """mean (B, 1, H, W), weight (K, 1, k, k) -> (B, K, H, W): Eq. 6 of SAAM."""
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if trains_eagerly(mean):
+            return _ScoreConv.apply(mean, weight)
+    return F.conv2d(mean, weight, padding=weight.shape[2] // 2)
 
 
 def weighted_pool(x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (B, C, H, W), v (B, K, H, W) -> x, s (B, K, C): Eq. 4 of SAAM. Go on with the x that comes back."""
     if not torch.jit.is_scripting():  # noqa: SIM102
-        if _trains_eagerly(x):
+        if trains_eagerly(x):
             return _WeightedPool.apply(x, v)
     return x, v.flatten(2) @ x.flatten(2).transpose(1, 2)
 
@@ -47,7 +55,7 @@ def scale(x: torch.Tensor, v: torch.Tensor, shortcut: torch.Tensor | None = None
     """x * v, + shortcut if there is one, in one pass. Shapes: x, shortcut (B, C, H, W), v (B, C)."""
     v = v.to(x.dtype)[:, :, None, None]
     if not torch.jit.is_scripting():  # noqa: SIM102
-        if _trains_eagerly(x):
+        if trains_eagerly(x):
             return _Scale.apply(x, v, shortcut)
     return x * v if shortcut is None else torch.addcmul(shortcut, x, v)
 
@@ -109,6 +117,28 @@ class _ChannelMean(Function):
         return _own(g_x).add_(g_mean, alpha=1 / g_x.shape[1])
 
 
+class _ScoreConv(Function):
+    """Its gradients as forward convolutions: backward ones of a single channel take several times as long on CPU."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(mean, weight):
+        return F.conv2d(mean, weight, padding=weight.shape[2] // 2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        mean, weight = (saved.to(g.dtype) for saved in ctx.saved_tensors)  # autocast may have run the forward
+        padding = weight.shape[2] // 2
+        g_mean = F.conv2d(g, weight.flip(2, 3).transpose(0, 1), padding=padding)
+        g_weight = F.conv2d(mean.transpose(0, 1), g.transpose(0, 1), padding=padding).transpose(0, 1)
+        return g_mean, g_weight
+
+
 class _WeightedPool(Function):
     generate_vmap_rule = True
 
@@ -123,6 +153,7 @@ class _WeightedPool(Function):
     @staticmethod
     def backward(ctx, g_x, g_s):
         x, v = ctx.saved_tensors
+        g_s = g_s.to(x.dtype)  # autocast may have run the forward
         g_v = (g_s @ x.flatten(2)).view_as(v)
         g_x = _own(g_x)
         for k in range(v.shape[1]):

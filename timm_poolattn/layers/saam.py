@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ._check import check_channels, check_rd_ratio
-from ._steps import channel_mean, scale, weighted_pool
+from ._steps import channel_mean, scale, score_conv, weighted_pool
 
 
 class SAAM(nn.Module):
@@ -63,7 +63,7 @@ class SAAM(nn.Module):
         self.fc2 = nn.Linear(rd_channels, channels, bias=False, **dd)
 
     def _scores(self, mean: torch.Tensor) -> torch.Tensor:
-        u = self.conv(mean)  # Eq. 6
+        u = score_conv(mean, self.conv.weight)  # Eq. 6
         # a score that overflows float16 would turn the softmax into NaN: take the largest finite number instead
         u = torch.nan_to_num(u)
         return u.flatten(2).softmax(dim=-1).view_as(u)  # Eq. 7

@@ -23,9 +23,10 @@ from timm.layers.cbam import CbamModule
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
-from ..layers import GATES, SAAM, SPEM, FocusAssociation
+from ..layers import GATES, FocusAssociation
 from ._base import Stage, StagedNet, check_gate
 from ._cfg import read_default_cfgs, register_models
+from ._gated import add_gated
 
 __all__ = ['CifarResNet']
 
@@ -53,13 +54,6 @@ FLAVOURS = {
 }
 #: Gates whose parameters the SAAM paper's training does not decay: "all parameters except the attention modules".
 _UNDECAYED_GATES = ('se', 'se2', 'cbam', 'saam', 'saam2', 'saam4')
-
-
-def _adds_in_gate(block: nn.Module) -> bool:
-    """Whether the gate may add the shortcut itself: nothing comes between them, and nobody looks at its output."""
-    gate = block.gate
-    hooked = gate._forward_hooks or gate._forward_pre_hooks  # as torch's own fast paths ask
-    return isinstance(gate, (SPEM, SAAM)) and isinstance(block.drop_path, nn.Identity) and not hooked
 
 
 class BasicBlock(nn.Module):
@@ -98,9 +92,11 @@ class BasicBlock(nn.Module):
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
-        if not torch.jit.is_scripting() and _adds_in_gate(self):
-            return self.act2(self.gate.forward_add(x, shortcut))
-        return self.act2(self.drop_path(self.gate(x)) + shortcut)
+        if torch.jit.is_scripting():
+            x = self.drop_path(self.gate(x)) + shortcut
+        else:
+            x = add_gated(self, self.bn2, x, shortcut)
+        return self.act2(x)
 
     def zero_init_last(self) -> None:
         """Start as the identity."""
@@ -149,9 +145,11 @@ class Bottleneck(nn.Module):
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.bn2(self.conv2(x)))
         x = self.bn3(self.conv3(x))
-        if not torch.jit.is_scripting() and _adds_in_gate(self):
-            return self.act3(self.gate.forward_add(x, shortcut))
-        return self.act3(self.drop_path(self.gate(x)) + shortcut)
+        if torch.jit.is_scripting():
+            x = self.drop_path(self.gate(x)) + shortcut
+        else:
+            x = add_gated(self, self.bn3, x, shortcut)
+        return self.act3(x)
 
     def zero_init_last(self) -> None:
         """Start as the identity."""
