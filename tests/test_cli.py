@@ -194,6 +194,36 @@ def test_bench_import():
     assert result.keys() == {'timm_ms', 'timm_poolattn_ms', 'ratio'} and all(v > 0 for v in result.values())
 
 
+def test_bench_gates():
+    args = ('--model', 'resnet20', '--gate', 'spem', '--dtype', 'float32', '--batch-size', 2, '--repeats', 1)
+    result = json.loads(run('bench', 'gates', *args, '--device', 'cpu', '--json').stdout)
+    rows = result['rows']
+    sizes = [(16, 32), (32, 16), (64, 8)]
+    wanted = [(g, *s, f) for f in ('contiguous', 'channels_last') for s in sizes for g in ('identity', 'se', 'spem')]
+    assert [(r['gate'], r['channels'], r['size'], r['layout']) for r in rows] == wanted
+    for row in rows:
+        if row['gate'] == 'identity':  # a copy: one map read, one written
+            assert row['forward_moved'] == 2 and row['forward_ms_to_identity'] == 1
+        if row['gate'] == 'spem':
+            assert 4 <= row['forward_moved'] < 5  # two pools, scaling
+            assert row['forward_to_floor'] == pytest.approx(row['forward_moved'] / 3, abs=1e-3)
+            assert row['forward_ms'] > 0 and row['peak_maps'] >= 2
+    assert {'machine', 'threads', 'torch', 'date', 'batch_size', 'repeats'} <= result.keys()
+    table = run('bench', 'gates', *args, '--device', 'cpu', '--layout', 'contiguous').stdout
+    assert table.splitlines()[0].startswith('machine ') and len(table.splitlines()) == 2 + len(rows) // 2
+    assert "unknown gate 'foo'" in fails('bench', 'gates', '--gate', 'foo')
+
+
+def test_bench_models(tmp_path):
+    args = ('--model', 'resnet20_spem', '--batch-size', 2, '--memory-batch-size', 4, '--repeats', 1, '--device', 'cpu')
+    plain, spem = json.loads(run('bench', 'models', *args, '--json').stdout)['rows']
+    assert (plain['model'], spem['model']) == ('resnet20_spem without gates', 'resnet20_spem')
+    assert plain['training_to_plain'] == plain['peak_to_plain'] == 1
+    assert spem['inference_images_per_s'] > 0 and 0.9 < spem['peak_to_plain'] < 1.1
+    failure = fails('bench', 'models', '--model', 'resnet164_spem', '--repeats', 1, '--spem-authors', tmp_path)
+    assert '--spem-authors takes a checkout' in failure
+
+
 def test_bench_skip(image_folder, tmp_path, trained):
     from timm.models import save_for_hf
 

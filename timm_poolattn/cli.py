@@ -320,6 +320,55 @@ def bench() -> None:
     """Measure; every figure is a median of one run."""
 
 
+def _rounded(value):
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _echo_bench(result: dict, as_json: bool, columns: dict[str, str]) -> None:
+    """Print a benchmark as JSON, or its rows as a table of `columns`, title by key."""
+    rows = result['rows']
+    if as_json:
+        rows = [{key: _rounded(value) for key, value in row.items()} for row in rows]
+        click.echo(json.dumps({**result, 'rows': rows}, indent=2))
+        return
+    click.echo('  '.join(f'{key} {value}' for key, value in result.items() if key != 'rows'))
+    table = [[*columns.values()]]
+    for row in rows:
+        table.append([f'{v:.2f}' if isinstance(v := row.get(key, '-'), float) else str(v) for key in columns])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        click.echo('  '.join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+
+
+repeats_option = click.option('--repeats', type=click.IntRange(1), default=5, show_default=True, help='Turns.')
+compile_option = click.option('--compile/--no-compile', help='Measure them compiled, too: minutes for a deep model.')
+
+
+@bench.command('gates')
+@click.option(
+    '--model', 'models', multiple=True, help="Networks whose maps' sizes to take. Default: resnet20, 164, 50."
+)
+@click.option('--gate', 'gates', multiple=True, help='Default: every one.')
+@click.option('--layout', 'layouts', multiple=True, type=click.Choice(['contiguous', 'channels_last']))
+@click.option('--dtype', 'dtypes', multiple=True, type=click.Choice(['float32', 'bfloat16', 'float16']))
+@click.option('--batch-size', type=click.IntRange(1), default=64, show_default=True)
+@compile_option
+@repeats_option
+@device_option
+@json_option
+def bench_gates(device, as_json: bool, **options) -> None:
+    """Each gate alone: time, memory and bytes moved, beside a copy of its input and timm's SE."""
+    from .bench import bench_gates
+
+    options = {key: value for key, value in options.items() if value != ()}
+    result = bench_gates(device=_default_device(device), **options)
+    columns = dict(gate='gate', channels='channels', size='size', layout='layout', dtype='dtype', mode='mode')
+    for kind, title in (('forward', 'forward'), ('training', 'training')):
+        columns |= {f'{kind}_ms': f'{title} ms', f'{kind}_ms_to_identity': 'to copy', f'{kind}_ms_to_se': 'to SE'}
+        columns |= {f'{kind}_moved': 'maps moved', f'{kind}_to_floor': 'to floor'}
+    _echo_bench(result, as_json, columns | dict(peak_maps='peak maps'))
+
+
 @bench.command('import')
 @click.option('--runs', type=click.IntRange(1), default=5, show_default=True)
 @json_option
@@ -335,6 +384,30 @@ def bench_import(runs: int, as_json: bool) -> None:
             f'import timm {result["timm_ms"]:.0f} ms, import timm_poolattn after it'
             f' {result["timm_poolattn_ms"]:.0f} ms (x{result["ratio"]:.3f}); medians of {runs} processes'
         )
+
+
+@bench.command('models')
+@click.option('--model', 'names', multiple=True, help='Default: resnet164_spem, resnet56_saam, resnet56_fa.')
+@click.option('--batch-size', type=click.IntRange(1), default=64, show_default=True)
+@click.option('--memory-batch-size', type=click.IntRange(1), default=128, show_default=True)
+@click.option('--channels-last', is_flag=True, help='Memory format of ours and of the plain networks.')
+@click.option('--spem-authors', type=click.Path(path_type=Path), help='A checkout of github.com/Qrange-group/SPEM.')
+@compile_option
+@repeats_option
+@device_option
+@json_option
+def bench_models(device, as_json: bool, **options) -> None:
+    """Whole networks: speed, memory and construction, relative to the same backbone without gates."""
+    from .bench import bench_models
+
+    options = {key: value for key, value in options.items() if value != ()}
+    result = bench_models(device=_default_device(device), **options)
+    columns = dict(model='model', mode='mode')
+    for kind in ('inference', 'training'):
+        columns |= {f'{kind}_images_per_s': f'{kind} images/s', f'{kind}_to_plain': 'time to plain'}
+        columns |= {f'{kind}_cpu_to_plain': 'CPU to plain'}
+        columns |= {f'{kind}_to_authors': 'to authors'} if options['spem_authors'] else {}
+    _echo_bench(result, as_json, columns | dict(peak_mib='peak MiB', peak_to_plain='to plain', construct_s='build s'))
 
 
 @bench.command('skip')
