@@ -407,7 +407,8 @@ def bench_skip(
         `images_per_s` and `speedup`, the time of the first threshold over this one's within one turn.
     """
     ran = [0]
-    blocks = [b for stage in model.stages for b in (stage.blocks if hasattr(stage, 'blocks') else [stage.body])]
+    stages = [m for m in model.modules() if hasattr(m, 'skip_threshold')]
+    blocks = [b for stage in stages for b in (stage.blocks if hasattr(stage, 'blocks') else [stage.body])]
     hooks = [b.register_forward_hook(lambda m, args, out: ran.__setitem__(0, ran[0] + len(args[0]))) for b in blocks]
     rows = [dict(threshold=t) for t in thresholds]
     seconds: list[list[float]] = [[] for _ in thresholds]

@@ -22,11 +22,14 @@ def small(name, **kwargs):
     return timm.create_model(name, **(dict(depth=20) if name in RESNETS else {}), **kwargs)
 
 
-def test_no_name_shadows_one_of_timm():
-    code = 'import timm; a = set(timm.list_models()); import timm_poolattn as p; print(*sorted(a))'
-    timm_names = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    assert not set(timm_names.stdout.split()) & set(NAMES) and 'resnet50' in timm_names.stdout.split()
-    assert 'Overwriting' not in timm_names.stderr
+def test_no_name_twice_or_of_timm():
+    """timm's registry before ours, in a process of its own; it warns where a name is registered again."""
+    code = 'import timm; a = timm.list_models(); import timm_poolattn; print(*a)'
+    done = subprocess.run([sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True, check=True)
+    timm_names = done.stdout.split()
+    assert 'resnet50' in timm_names and not set(timm_names) & set(NAMES)
+    assert sorted(n for family in FAMILIES for n in timm.list_models(module=family)) == sorted(set(NAMES))
+    assert len(timm.list_models()) == len(timm_names) + len(NAMES)
 
 
 @pytest.mark.parametrize('name', RESNETS + ONE_OF_EACH[3:] + LARGE)
@@ -38,7 +41,7 @@ def test_model_api(name):
     assert all(p.grad is not None for p in model.parameters())
     model.eval()
     features = model.forward_features(x)
-    size = 32 // model.feature_info[-1]['reduction'] * (3 if name in LARGE else 1)  # Inception pads to 96
+    size = round(32 / model.feature_info[-1]['reduction'])
     assert features.shape == (2, model.num_features, size, size)
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
     torch.testing.assert_close(model.forward_head(features), model(x))
@@ -47,8 +50,7 @@ def test_model_api(name):
     final, intermediates = model.forward_intermediates(x)
     torch.testing.assert_close(final, features)
     assert [f.shape[1] for f in intermediates] == [info['num_chs'] for info in model.feature_info]
-    padded = 96 if name in LARGE else 32
-    assert [padded // f.shape[2] for f in intermediates] == [info['reduction'] for info in model.feature_info]
+    assert [f.shape[2] for f in intermediates] == [round(32 / info['reduction']) for info in model.feature_info]
     only = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
     torch.testing.assert_close(only[0], intermediates[1])
 
@@ -66,9 +68,10 @@ def test_model_api(name):
 @pytest.mark.parametrize('name', RESNETS + ONE_OF_EACH[3:] + LARGE)
 def test_features_only(name):
     model = small(name, features_only=True, out_indices=(1, 3))
-    outputs = model(torch.randn(2, 3, 96, 96))
+    side = 32 if name in LARGE else 96  # its reductions are of the size that it was built for: it pads to 96
+    outputs = model(torch.randn(2, 3, side, side))
     assert [tuple(o.shape[1:]) for o in outputs] == [
-        (c, 96 // r, 96 // r)
+        (c, round(side / r), round(side / r))
         for c, r in zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
     ]
 
@@ -117,3 +120,19 @@ def test_group_matcher_covers_every_parameter(coarse):
             assert len(groups) == 2 + len(model.stages)  # stem, stages, head
         else:
             assert len(groups) == 2 + sum(len(getattr(stage, 'blocks', [1])) for stage in model.stages)
+
+
+@pytest.mark.parametrize('name', [*ONE_OF_EACH, *LARGE, 'resnet50_fa'])
+def test_images_of_any_size(name):
+    """No image is too small for a family, and none of odd sides unfit for FA's shortcuts."""
+    model = timm.create_model(name).eval()
+    for size in ((1, 1), (7, 50)):
+        assert model(torch.randn(1, 3, *size)).isfinite().all()
+
+
+@pytest.mark.parametrize('name', ['cifar_vgg19', 'cifar_inception_v4'])
+def test_gates_that_a_family_does_not_carry(name):
+    with pytest.raises(ValueError, match=r"carries no gate 'saam'; choose from se, fa, fase, or None"):
+        timm.create_model(name, gate='saam')
+    with pytest.raises(ValueError, match='leaves no hidden channel of'):
+        timm.create_model(name, gate='se', gate_kwargs=dict(rd_ratio=1e-4))

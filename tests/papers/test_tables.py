@@ -32,3 +32,22 @@ def test_results_are_those_of_the_releases_and_of_the_other_runs(tmp_path, monke
     monkeypatch.setattr(papers, 'RESULTS_DIR', tmp_path)
     (tmp_path / 'resnet20_se.cifar10.json').write_text('{"model": "resnet20_se", "tag": "cifar10"}')
     assert papers.load_results()[len(released()) :] == [dict(model='resnet20_se', tag='cifar10')]
+
+
+def test_ablations():
+    """Tables 3 and 4 of the SPEM paper and the SAAM paper's K, by timm.create_model's arguments alone."""
+    built = {}
+    for row in table_rows():
+        args = model_args(row)
+        if 'variant' in row or row['model'].endswith(('_saam2', '_saam4')):
+            with torch.device('meta'):
+                gate = timm.create_model(**args).stages[0].blocks[0].gate
+            built[row.get('variant', row['model'])] = gate
+    lambdas = {v.split(':')[0]: gate.fixed_lambda for v, gate in built.items() if v.startswith('fixed')}
+    assert lambdas == {f'fixed lambda {x}': x for x in (0.1, 0.3, 0.5, 0.7, 0.9)}
+    forms = {v.split(':')[0]: gate.reweight for v, gate in built.items() if v.startswith('reweight')}
+    names = 'unshared', 'no_sigmoid', 'product', 'sigmoid_sum', 'sigmoid_product', 'max', 'min'
+    assert {f'reweight {letter}': form for letter, form in zip('abcdefg', names, strict=True)}.items() <= forms.items()
+    assert forms['reweight none'] == 'none'
+    paths = {v.partition('_')[2]: gate.conv.out_channels for v, gate in built.items() if 'saam' in v}
+    assert paths == dict(saam2=2, saam4=4)

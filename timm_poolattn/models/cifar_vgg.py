@@ -49,7 +49,8 @@ class VggBlock(nn.Module):
             if i == convs - 1:
                 layers.append(norm_layer(width, **dd))
             layers.append(act_layer(inplace=True))
-        self.body = nn.Sequential(*layers, nn.MaxPool2d(2), gate or nn.Identity())
+        # an odd side is rounded up, as the shortcut's stride does
+        self.body = nn.Sequential(*layers, nn.MaxPool2d(2, ceil_mode=True), gate or nn.Identity())
         # matches X_i to U_i
         self.shortcut = nn.Conv2d(in_chs, width, 1, stride=2, **dd) if fa is not None else nn.Identity()
         self.fa = fa
@@ -88,8 +89,6 @@ class CifarVgg(StagedNet):
         norm_layer: Default: BatchNorm2d.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
-
-    Images must be at least 32x32.
 
     Raises:
         ValueError: an unknown gate, or `gate_kwargs` without a gate to take them.
