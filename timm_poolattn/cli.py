@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .models import HubError
+from .models import HUB_ORG, HubError
 
 
 class _Error(click.ClickException):
@@ -249,6 +249,58 @@ def release(run_dir, **options) -> None:
     from .hub import release
 
     click.echo(f'released {release(run_dir, **options)}')
+
+
+@main.command()
+@click.argument('target')
+@click.option(
+    '--data-dir', type=click.Path(), help="Check accuracy too: a folder or tar by class, or --dataset's root."
+)
+@click.option('--dataset', default='', help='torch/cifar10 or torch/cifar100. Default: a folder or a tar.')
+@click.option('--split', default='test', show_default=True)
+@click.option('--endpoint', help='Of the Hub. Default: $HF_ENDPOINT, or https://huggingface.co.')
+@json_option
+@click.pass_context
+def verify(ctx, target: str, as_json: bool, **options) -> None:
+    """Check a release: TARGET is a name, a folder, or hf-hub:REPO. Exit code 1 where a check fails."""
+    from .hub import verify
+
+    checks = verify(target, **options)
+    if as_json:
+        click.echo(json.dumps([check._asdict() for check in checks], indent=2))
+    else:
+        for check in checks:
+            click.echo(f'{"ok" if check.ok else "FAILED":<8}{check.name:<12}{check.detail}')
+    ctx.exit(0 if checks[-1].ok else 1)
+
+
+@main.command()
+@click.argument('targets', nargs=-1)
+@click.option('--all', 'everything', is_flag=True, help='Every release of hub_configs.')
+@click.option('--org', envvar=HUB_ORG, required=True, help=f'Organisation or user. Default: ${HUB_ORG}.')
+@click.option('--private', is_flag=True, help='Create private repositories.')
+@click.option('--pr', 'create_pr', is_flag=True, help='Propose the files in a pull request.')
+@click.option('--replace', is_flag=True, help='Replace other weights; the old ones stay under a tag.')
+@click.option('--dry-run', is_flag=True, help='Only say what would be done.')
+@click.option('--collection', metavar='SLUG', help='Add the repositories to this collection.')
+@click.option('--endpoint', help='Of the Hub. Default: $HF_ENDPOINT, or https://huggingface.co.')
+@click.option('--workers', type=click.IntRange(1), default=4, show_default=True, help='Releases at once.')
+@json_option
+@click.pass_context
+def publish(ctx, targets, everything: bool, as_json: bool, **options) -> None:
+    """Publish TARGETS, names or folders of releases, to the Hub. Exit code 1 where one fails."""
+    from .hub import publish
+    from .models import released
+
+    if bool(targets) == everything:
+        raise _Error('name the releases to publish, or take --all of them')
+    rows = publish(released() if everything else targets, **options)
+    if as_json:
+        click.echo(json.dumps([row._asdict() for row in rows], indent=2))
+    else:
+        for row in rows:
+            click.echo(f'{row.status:<20}{row.repo_id:<40}{row.detail}')
+    ctx.exit(1 if any(row.status == 'failed' for row in rows) else 0)
 
 
 @main.command()

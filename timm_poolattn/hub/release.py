@@ -89,10 +89,7 @@ def release(
             safe_serialization=True,
         )
         source = dict(timm_poolattn=__version__, git_commit=git_commit())
-        weights = temp / 'model.safetensors'
-        data_hash = data_sha256(weights)
-        metadata = dict(format='pt', architecture=arch, tag=tag, data_sha256=data_hash, **source)
-        weights.write_bytes(_with_metadata(weights.read_bytes(), metadata))
+        weights = seal(temp / 'model.safetensors', dict(format='pt', architecture=arch, tag=tag, **source))
         written = create_model(f'local-dir:{temp}', pretrained=True)
         test = evaluate(written, data)
         curve = read_summary(run_dir)
@@ -103,7 +100,7 @@ def release(
             gate=written.gate,
             parameters=sum(p.numel() for p in written.parameters()),
             multiply_adds=multiply_adds(written),
-            weights=dict(sha256=hashlib.sha256(weights.read_bytes()).hexdigest(), data_sha256=data_hash),
+            weights=weights,
             checkpoint=dict(which=checkpoint, epoch=saved['epoch'], ema='state_dict_ema' in saved),
             released_by=source,
             test=test,
@@ -117,7 +114,7 @@ def release(
         (temp / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
         write_texts(temp, results)
         os.chmod(temp, 0o755)  # mkdtemp and safetensors leave theirs to the user alone
-        os.chmod(weights, 0o644)
+        os.chmod(temp / 'model.safetensors', 0o644)
         if folder.exists():
             os.replace(folder, old)
         os.replace(temp, folder)
@@ -151,9 +148,17 @@ def git_commit() -> str:
         return ''
 
 
-def _with_metadata(file: bytes, metadata: dict[str, str]) -> bytes:
-    """A safetensors file with `metadata` in its header, in this order: safetensors' own is not the same twice."""
+def seal(path: Path, metadata: dict[str, str]) -> dict[str, str]:
+    """Put `metadata` and `data_sha256` into the header of a safetensors file; returns its `sha256` and `data_sha256`.
+
+    In this order, so that the same weights are the same file: safetensors' own order of metadata varies.
+    """
+    file, data_hash = path.read_bytes(), data_sha256(path)
     size = int.from_bytes(file[:8], 'little')
-    header = json.dumps({'__metadata__': metadata, **json.loads(file[8 : 8 + size])}, separators=(',', ':')).encode()
-    header += b' ' * (-len(header) % 8)
-    return len(header).to_bytes(8, 'little') + header + file[8 + size :]
+    tensors = json.loads(file[8 : 8 + size])
+    header = {**tensors, '__metadata__': {**metadata, 'data_sha256': data_hash}}
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)
+    file = len(text).to_bytes(8, 'little') + text + file[8 + size :]
+    path.write_bytes(file)
+    return dict(sha256=hashlib.sha256(file).hexdigest(), data_sha256=data_hash)

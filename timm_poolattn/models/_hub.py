@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 
 from huggingface_hub import constants, get_token, hf_hub_download
@@ -52,10 +53,14 @@ def hub_errors(repo_id: str, endpoint: str | None = None) -> Iterator[None]:
         message = next(filter(None, (_explain(cause, repo_id, endpoint or constants.ENDPOINT) for cause in causes)), '')
         if not message:
             raise
-        token = get_token()
-        if token and any(token in str(cause) for cause in causes):  # a server that sends back what it was sent
-            raise HubError(message.replace(token, '***')) from None
-        raise HubError(message) from error
+        leaks = any(redact(str(cause)) != str(cause) for cause in causes)
+        raise HubError(redact(message)) from (None if leaks else error)
+
+
+def redact(text: str) -> str:
+    """`text` without the token, which a server may send back."""
+    token = get_token()
+    return text.replace(token, '***') if token else text
 
 
 def _explain(error: BaseException, repo_id: str, endpoint: str) -> str:
@@ -75,8 +80,8 @@ def _explain(error: BaseException, repo_id: str, endpoint: str) -> str:
     if isinstance(error, RemoteEntryNotFoundError):
         return f'{where} lacks the file {error.response.url.path.rpartition("/")[2]}; no other format is loaded'
     if isinstance(error, OfflineModeIsEnabled):
-        return f'{where} is not in the cache and HF_HUB_OFFLINE is set: load it once without'
-    if isinstance(error, FileMetadataError):
+        return f'HF_HUB_OFFLINE is set and {where} is not in the cache: unset it to reach the Hub'
+    if isinstance(error, FileMetadataError | JSONDecodeError):
         return f'{endpoint} does not answer as a Hub does: check HF_ENDPOINT and any proxy'
     if isinstance(error, HfHubHTTPError):
         said = f' ({" ".join(error.server_message.split())[:200]})' if error.server_message else ''

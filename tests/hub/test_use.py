@@ -1,0 +1,177 @@
+"""Using what the Hub has, as users do: through timm, by name, in real processes where the environment decides."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import timm
+from click.testing import CliRunner
+from huggingface_hub import constants
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+
+from timm_poolattn.cli import main
+from timm_poolattn.hub.release import seal
+from timm_poolattn.inference import load_pretrained
+from timm_poolattn.models import HubError
+
+from .conftest import NAME, TOKEN
+from .test_verify import Evil
+
+BY_NAME = dict(pretrained_cfg_overlay=dict(file='', hf_hub_id=f'org/{NAME}'))  # as in a wheel without the weights
+
+
+@pytest.fixture
+def zoo(hub, folder):
+    """A Hub that has the release."""
+    return hub.add(f'org/{NAME}', {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()})
+
+
+def is_it(model, folder):
+    weights = load_file(folder / 'model.safetensors')
+    assert all(w.equal(weights[k]) for k, w in model.state_dict().items())
+
+
+def test_three_ways(hub, zoo, folder):
+    for name, kwargs in ((NAME, BY_NAME), (f'hf-hub:org/{NAME}', {}), (f'local-dir:{folder}', {})):
+        model = timm.create_model(name, pretrained=True, **kwargs)
+        is_it(model, folder)
+        assert model.pretrained_cfg['label_names'][3] == 'cat'
+    is_it(timm.create_model(f'hf-hub:org/{NAME}@main', pretrained=True), folder)
+
+
+def test_a_folder_comes_before_the_hub(hub, folder):
+    assert timm.models.get_pretrained_cfg(NAME).hf_hub_id == f'timm-poolattn/{NAME}'
+    is_it(timm.create_model('resnet20_saam', pretrained=True), folder)
+    assert not hub.requests
+
+
+def test_cache_dir_and_offline_afterwards(hub, zoo, folder, tmp_path, monkeypatch):
+    cache = tmp_path / 'mine'
+    is_it(timm.create_model(NAME, pretrained=True, cache_dir=cache, **BY_NAME), folder)
+    timm.create_model(f'hf-hub:org/{NAME}', pretrained=True, cache_dir=cache)
+    assert (cache / f'models--org--{NAME}').is_dir() and not (tmp_path / 'hf').exists()
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    requests = len(hub.requests)
+    is_it(timm.create_model(NAME, pretrained=True, cache_dir=cache, **BY_NAME), folder)
+    is_it(timm.create_model(f'hf-hub:org/{NAME}', pretrained=True, cache_dir=cache), folder)
+    assert len(hub.requests) == requests
+
+
+class TestErrors:
+    """Each says what it is and what to do, the same for a name and for hf-hub:."""
+
+    @pytest.fixture(params=['name', 'hf-hub'])
+    def error(self, request, hub, capfd, caplog):
+        def error():
+            with pytest.raises(HubError) as e:
+                if request.param == 'name':
+                    timm.create_model(NAME, pretrained=True, **BY_NAME)
+                else:
+                    load_pretrained(f'hf-hub:org/{NAME}')
+            captured = capfd.readouterr()
+            assert TOKEN not in str(e.value) + captured.out + captured.err + caplog.text
+            return str(e.value)
+
+        return error
+
+    def test_not_published(self, error):
+        assert f'org/{NAME}' in error() and 'is not published, or is private and not yours to read' in error()
+
+    def test_no_token(self, error, monkeypatch):
+        monkeypatch.delenv('HF_TOKEN')
+        assert 'is private, which shows only with a token (`hf auth login`, or set HF_TOKEN)' in error()
+
+    def test_wrong_token(self, error, zoo, monkeypatch):
+        monkeypatch.setenv('HF_TOKEN', 'hf_NotAToken')
+        assert 'the token is not valid: make a new one' in error()
+
+    def test_gated(self, error, hub, zoo, monkeypatch):
+        zoo.gated = True
+        hub.tokens[TOKEN] = set()
+        assert f'is gated: agree to its terms on {hub.url}/org/{NAME}' in error()
+        monkeypatch.delenv('HF_TOKEN')
+        assert 'is gated' in error()
+
+    def test_no_network(self, error, hub, monkeypatch):
+        hub.http.server_close()
+        hub.http.shutdown()
+        assert f'no connection to {hub.url}: check the network, or name a mirror in HF_ENDPOINT' in error()
+
+    def test_offline(self, error, monkeypatch):
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+        assert 'HF_HUB_OFFLINE is set' in error() and 'not in the cache' in error()
+
+    def test_down(self, error, hub):
+        hub.fault('HEAD', 'resolve', 503, times=99)
+        assert 'the Hub has a fault: run again later [503]' in error()
+
+    def test_not_a_hub(self, error, hub):
+        hub.fault('HEAD', 'resolve', 200, times=99)
+        assert f'{hub.url} does not answer as a Hub does: check HF_ENDPOINT' in error()
+
+    def test_slow(self, error, hub, zoo):
+        hub.fault('GET', 'storage', 'slow', times=99)
+        assert 'no answer in time' in error()
+
+    def test_cut_short(self, error, hub, zoo, folder):
+        """Not half a file is used, and the next attempt goes on."""
+        hub.fault('GET', 'storage', 'cut', times=99)
+        hub.fault('GET', 'storage', 500)
+        message = error()
+        assert 'the connection broke off: run again' in message or 'cut short' in message
+        hub.faults.clear()
+        is_it(load_pretrained(f'hf-hub:org/{NAME}'), folder)
+
+    def test_damaged(self, error, hub, zoo, folder):
+        hub.fault('GET', 'storage', 'flip')
+        assert 'came damaged, and is not used or kept: run again' in error()
+        is_it(load_pretrained(f'hf-hub:org/{NAME}'), folder)
+
+    def test_only_a_pickle(self, error, hub, zoo, tmp_path):
+        files = {path: file.data for path, file in zoo.head.items() if path != 'model.safetensors'}
+        hub.add(f'org/{NAME}', {**files, 'pytorch_model.bin': pickle.dumps(Evil(tmp_path / 'evil'))})
+        assert 'lacks the file model.safetensors; no other format is loaded' in error()
+        assert not (tmp_path / 'evil').exists()
+        assert not any('pytorch_model.bin' in path for _, path in hub.requests)
+
+
+def test_a_config_that_names_a_pickle(hub, zoo, tmp_path):
+    files = {path: file.data for path, file in zoo.head.items()}
+    config = json.loads(files['config.json'])
+    config['pretrained_cfg']['hf_hub_filename'] = 'evil.bin'
+    files.update({'config.json': json.dumps(config).encode(), 'evil.bin': pickle.dumps(Evil(tmp_path / 'evil'))})
+    hub.add(f'org/{NAME}', files)
+    with pytest.raises(HubError, match=r'evil\.bin may hold a pickle'):
+        timm.create_model(f'hf-hub:org/{NAME}', pretrained=True)
+    assert not (tmp_path / 'evil').exists()
+
+
+def test_command_line(hub):
+    result = CliRunner().invoke(main, ['validate', '--model', f'hf-hub:org/{NAME}', '--data-dir', '.'])
+    assert result.exit_code == 2 and result.output.startswith('Error: org/') and 'is not published' in result.output
+
+
+def test_an_organisations_own_zoo(hub, tmp_path):
+    """One variable; a mirror endpoint; and no network after the first download, each in a process of its own."""
+    model = timm.create_model('resnet32_srm', num_classes=10)
+    save_for_hf(model, tmp_path / 'srm', model_config=dict(label_names=[*'abcdefghij']), safe_serialization=True)
+    seal(tmp_path / 'srm' / 'model.safetensors', dict(architecture='resnet32_srm', tag='cifar10'))
+    hub.add('acme/resnet32_srm.cifar10', {p.name: p.read_bytes() for p in (tmp_path / 'srm').iterdir()})
+    code = (
+        'import timm, timm_poolattn\n'
+        "print(timm.is_model_pretrained('resnet32_srm'), timm.models.get_pretrained_cfg('resnet20_saam').hf_hub_id)\n"
+        "print(timm.create_model('resnet32_srm', pretrained=True).conv1.weight.sum().item())"
+    )
+    env = {**os.environ, 'HF_HOME': str(tmp_path / 'home'), 'HF_ENDPOINT': hub.url, 'TIMM_POOLATTN_HUB_ORG': 'acme'}
+    outputs = []
+    for offline in ('0', '1'):
+        done = subprocess.run(
+            [sys.executable, '-c', code], env={**env, 'HF_HUB_OFFLINE': offline}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1] == f'True acme/{NAME}\n{model.conv1.weight.sum().item()}\n'
