@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_poolattn import catalog
-from timm_poolattn.catalog import TABLE_MARKS, list_models, markdown_table
+from timm_poolattn.catalog import list_models, markdown_table, readme_tables
 from timm_poolattn.cli import main
 from timm_poolattn.models import released
 
@@ -168,18 +168,22 @@ class TestReadmeTable:
             top1 = json.loads((folder / 'results.json').read_text())['test']['top1']
             assert f'| `{name}` |' in table and f'| {top1:.2f} |' in table
 
-    def test_the_repositorys_is_up_to_date(self):
-        assert markdown_table() in (Path(__file__).parents[1] / 'README.md').read_text()
+    def test_the_repositorys_are_up_to_date(self):
+        text = (Path(__file__).parents[1] / 'README.md').read_text()
+        for start, table in readme_tables().items():
+            assert f'{start}\n{table}\n' in text
 
     def test_writes_between_its_marks_alone(self, tmp_path):
         path = tmp_path / 'README.md'
-        path.write_text(f'before\n{TABLE_MARKS[0]}\nold\n{TABLE_MARKS[1]}\nafter\n')
+        start, table = next(iter(readme_tables().items()))
+        end = table.splitlines()[-1]
+        path.write_text(f'before\n{start}\nold\n{end}\nafter\n')
         run('readme', path)
-        text = path.read_text()
-        assert text == f'before\n{TABLE_MARKS[0]}\n{markdown_table()}\n{TABLE_MARKS[1]}\nafter\n'
-        path.write_text('no marks')
-        assert 'needs one line' in fails('readme', path)
-        assert path.read_text() == 'no marks'
+        assert path.read_text() == f'before\n{start}\n{table}\nafter\n'
+        for text in ('no marks', f'{start}\nno end'):
+            path.write_text(text)
+            assert 'needs' in fails('readme', path)
+            assert path.read_text() == text
 
 
 def test_train_without_script(monkeypatch, tmp_path):

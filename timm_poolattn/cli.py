@@ -306,11 +306,11 @@ def publish(ctx, targets, everything: bool, as_json: bool, **options) -> None:
 @main.command()
 @click.argument('path', type=click.Path(path_type=Path), default='README.md')
 def readme(path: Path) -> None:
-    """Write the model table into README.md, from the results files of hub_configs."""
-    from .catalog import write_table
+    """Write the tables of README.md, from the results files."""
+    from .catalog import write_tables
 
-    write_table(path)
-    click.echo(f'wrote the model table of {path}')
+    write_tables(path)
+    click.echo(f'wrote the tables of {path}')
 
 
 @main.command()
@@ -365,6 +365,16 @@ def ablation(name: str, results, out) -> None:
     from .explain.curves import ablation
 
     click.echo(f'drew accuracy against {name}: {ablation(name, out, results)}')
+
+
+@main.command()
+@click.option('-o', '--out', required=True, type=click.Path(dir_okay=False), help='report.html or report.md.')
+@click.option('--benchmark', type=click.Path(), help='What `poolattn bench models --json` printed.')
+def report(out, benchmark) -> None:
+    """Every row of the papers' tables beside ours, as one page or as Markdown."""
+    from .papers.report import write_report
+
+    click.echo(f'wrote {write_report(out, benchmark)}')
 
 
 @main.group()

@@ -173,9 +173,24 @@ def test_inserted(name, gate):
         if 'score_map' in t:
             np.testing.assert_allclose(t['score_map'].sum((2, 3)), 1, rtol=1e-5)
     for m in model.modules():
-        if hasattr(m, 'alpha'):
+        if getattr(m, 'alpha', None) is not None:
             m.alpha.data.fill_(0.25)
     assert all(t['alpha'] == 0.25 for n, t in attention_trace(model, x).items() if 'drop_path' in n)
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'seresnet18'])
+def test_inserted_fa(name):
+    model = timm_poolattn.insert(timm.create_model(name), 'fa').eval()
+    x = images(model)
+    trace = {n: t for n, t in attention_trace(model, x).items() if t['gate'] == 'fa'}
+    assert trace and all((t['k'] == 1).all() and t['alpha'] == 0 for t in trace.values())
+    for m in model.modules():
+        if isinstance(m, FocusAssociation):
+            m.alpha.data.fill_(1)
+    for n, (_, k) in seen(model, x, FocusAssociation).items():
+        k_n = attention_trace(model, x)[n]['k']
+        np.testing.assert_array_equal(k_n, k[:, 0])
+        assert ((k_n > 0) & (k_n < 1)).all()
 
 
 def test_timms_own_gates():

@@ -12,8 +12,7 @@ from timm.layers.cbam import CbamModule, ChannelAttn, LightCbamModule
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 
-from ..insert import InsertedGate
-from ..layers import CBAM, SAAM, SGE, SPEM, SRM, FocusAssociation
+from ..layers import CBAM, SAAM, SGE, SPEM, SRM, FocusAssociation, IdentityInit
 
 
 def _factor(out: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -134,7 +133,8 @@ def attention_trace(model: nn.Module, x: torch.Tensor) -> dict[str, dict[str, An
         - SAAM: `score_map` (B, K, h, w), V of Eq. 7, which sums to 1 over h, w.
         - CBAM, SGE: `spatial` (B, 1 or groups, h, w), by which each position was multiplied.
         - FA: `k` (B,) in (0, 1), Eq. 8; `skipped` (B,), where `set_skip_threshold` left the block out.
-        - after `insert`: `alpha`, the learned share of the gate, 0 where it has no effect yet.
+        - with `identity_init`: `alpha`, the learned share of the gate. It starts at 0, where the gate has no effect and
+          k is 1.
 
         Where a skipped block or stage kept a gate from running, its floats are NaN and its integers -1.
 
@@ -197,7 +197,7 @@ def _merge(
         value, per_sample = threshold
         skipped = ~(merged['k'] >= value)
         merged['skipped'] = skipped if per_sample else np.full_like(skipped, skipped.all())
-    owner = model.get_submodule(name.rpartition('.')[0])
-    if isinstance(owner, InsertedGate) and owner.alpha is not None:
-        merged['alpha'] = owner.alpha.item()
+    for module in (model.get_submodule(name), model.get_submodule(name.rpartition('.')[0])):
+        if isinstance(module, FocusAssociation | IdentityInit) and module.alpha is not None:
+            merged['alpha'] = module.alpha.item()
     return merged

@@ -38,7 +38,7 @@ def model_args(row: dict[str, Any]) -> dict[str, Any]:
         arch = f'cifar_{arch}'  # timm owns the plain names
     args: dict[str, Any] = dict(model_name=f'{arch}.{row["dataset"]}')
     if row['dataset'] == 'imagenet5':
-        args.update(model_name=arch, num_classes=5)
+        args.update(model_name=arch, num_classes=5, pretrained_cfg_overlay=dict(input_size=(3, 224, 224)))
     if row['paper'] == 'fa' and arch.startswith('resnet'):
         args['flavour'] = 'fa'
     if 'se_ratio' in row:
