@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from .data import cache_dir
@@ -30,19 +31,13 @@ def multiply_adds(model: nn.Module) -> int:
     Args:
         model: put into evaluation mode.
     """
-    counts = []
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)]
-    count = lambda m, _, out: counts.append(out.numel() * m.weight[0].numel())  # noqa: E731
-    hooks = [m.register_forward_hook(count) for m in layers]
     parameter = next(model.parameters())
     size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sum(counts)
+    image = torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    counts = counter.get_flop_counts()['Global']
+    return sum(n for op, n in counts.items() if str(op) in ('aten.convolution', 'aten.addmm', 'aten.mm')) // 2
 
 
 def _facts(names: list[str]) -> dict[str, dict[str, Any]]:
