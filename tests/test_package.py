@@ -80,6 +80,36 @@ def test_wheel_and_checkout_behave_the_same(wheel, tmp_path):
     assert installed == checkout
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_wheel_in_an_empty_environment(wheel, tmp_path):
+    """`pip install` of the wheel and nothing else; then the embedded models, with every connection refused."""
+    subprocess.run([sys.executable, '-m', 'venv', str(tmp_path / 'venv')], check=True)
+    python = tmp_path / 'venv' / 'bin' / 'python'
+    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'HF_HUB_OFFLINE')}
+    env['HF_HOME'] = str(tmp_path / 'home')
+    subprocess.run([python, '-m', 'pip', 'install', '-q', str(wheel)], check=True, env=env, cwd=tmp_path)
+    code = (
+        'import socket, timm\n'
+        "def refuse(*a, **k): raise AssertionError('a connection')\n"
+        'socket.socket.connect = socket.getaddrinfo = refuse\n'
+        'import timm_poolattn\n'
+        'from timm_poolattn.hub import verify\n'
+        'from timm_poolattn.models import FAMILIES\n'
+        'names = [n for n in timm.list_models(module=FAMILIES, pretrained=True) if timm.get_pretrained_cfg(n).file]\n'
+        'for name in names:\n'
+        '    timm.create_model(name, pretrained=True)\n'
+        '    assert all(check.ok for check in verify(name)), name\n'
+        "timm.create_model('resnet20_saam', pretrained=True)\n"
+        'print(timm_poolattn.__file__, *names)'
+    )
+    done = subprocess.run([python, '-c', code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    file, *names = done.stdout.split()
+    assert file.startswith(str(tmp_path / 'venv'))
+    assert names == sorted(name for name in released() if name.startswith('resnet20_'))
+
+
 def test_import_is_all_that_import_does(tmp_path):
     """Importing registers; it opens no connection, writes no file, and loads neither training nor plotting."""
     code = (

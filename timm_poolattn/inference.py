@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
 from timm.data import create_transform, resolve_data_config
 from timm.utils import AverageMeter, accuracy
 from torch import nn
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .data import ImageData, ResidentDataset, ResidentLoader
-from .models import FAMILIES, hub_errors
+from .models import FAMILIES, HubError, hub_errors
 
 
 def _check_known(name: str) -> None:
@@ -40,7 +41,8 @@ def load_pretrained(name: str) -> nn.Module:
     """timm.create_model(name, pretrained=True) in evaluation mode.
 
     Raises:
-        ValueError: no such model (the message names the nearest), or one without weights (it names those with).
+        ValueError: no such model (the message names the nearest), one without weights (it names those with), or a
+            folder or repository that is none of a model.
         HubError: the Hub did not give the weights; the message says why.
     """
     if ':' not in name:  # hf-hub:..., local-dir:... are timm's to resolve
@@ -49,8 +51,14 @@ def load_pretrained(name: str) -> nn.Module:
             arch = name.partition('.')[0]
             trained = timm.list_pretrained(f'{arch}*') or timm.list_models(module=FAMILIES, pretrained=True)
             raise ValueError(f'{name} has no weights yet; with weights: {", ".join(trained) or "none"}')
-    with hub_errors(name.partition(':')[2]):
-        return timm.create_model(name, pretrained=True).eval()
+    try:
+        with hub_errors(name.partition(':')[2]):
+            return timm.create_model(name, pretrained=True).eval()
+    except (RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+        if ':' not in name or isinstance(e, HubError):
+            raise
+        # timm's, of a folder or repository that says what cannot be
+        raise ValueError(f'{name} cannot be loaded: {e}; `poolattn verify {name}` may say more') from e
 
 
 def read_image(path: str | Path, in_chans: int = 3) -> Image.Image:

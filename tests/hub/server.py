@@ -338,6 +338,9 @@ class _Handler(BaseHTTPRequestHandler):
             modes.append({**mode, 'oid': file and (file.sha256 or file.oid)})
         self.answer_json(dict(files=modes))
 
+    def no_xet(self, repo_id: str, revision: str) -> None:
+        raise Refusal(404, 'This Hub has no Xet storage')
+
     def lfs_batch(self, repo_id: str) -> None:
         repo = self.repo(repo_id, write=True)
         body = json.loads(self.body)
@@ -476,6 +479,7 @@ class _Handler(BaseHTTPRequestHandler):
     _API = rf'/api/models/{_ID}'
     ROUTES = (
         ('GET', '/api/agent-harnesses', lambda self: self.answer_json({})),  # for the client's user agent
+        ('GET', rf'{_API}/xet-write-token/(?P<revision>.+)', no_xet),
         ('POST', '/api/repos/create', create),
         ('POST', '/api/validate-yaml', validate_yaml),
         ('GET', _API, info),

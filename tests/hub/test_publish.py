@@ -95,7 +95,8 @@ class TestPublish:
         assert one(other, dry_run=True, replace=True).status == 'would be replaced'
         is_whole(hub, folder)
         old = hub.repos[REPO].resolve('main')
-        assert one(other, replace=True).status == 'replaced'
+        row = one(other, replace=True)
+        assert row.status == 'replaced' and row.detail.endswith(f', the old ones under replaced-{old[:12]}')
         assert at(hub) == files(other) and at(hub, f'replaced-{old[:12]}') == files(folder)
         assert len(tags(hub)) == 3
 
@@ -179,6 +180,15 @@ class TestRefusals:
         row = one()
         assert row.status == 'failed' and 'the token is not valid' in row.detail and 'hf_NotAToken' not in row.detail
         assert not hub.repos
+
+    def test_no_xet(self, hub, monkeypatch):
+        """With hf_xet installed, the client takes no other way unless told so."""
+        pytest.importorskip('hf_xet')
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', False)
+        row = one()
+        assert row.status == 'failed' and 'set HF_HUB_DISABLE_XET=1 for a server that has none' in row.detail
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+        assert one().status == 'published'
 
     def test_foreign_organisation(self, hub):
         (row,) = publish([NAME], 'theirs')

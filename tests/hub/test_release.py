@@ -189,7 +189,8 @@ class TestCard:
     def test_warm_start(self, folder):
         results = json.loads((folder / 'results.json').read_text())
         assert 'warm-start' not in model_card(results).text
-        assert 'those of resnet20_fa.cifar10, by' in model_card({**results, 'warm_start': 'resnet20_fa.cifar10'}).text
+        card = model_card({**results, 'warm_start': 'resnet20_fa.cifar10 resnet20_saam'})
+        assert '`poolattn warm-start resnet20_fa.cifar10 resnet20_saam`' in card.text
 
     def test_every_gate_has_its_two_sentences(self, folder):
         results = json.loads((folder / 'results.json').read_text())
@@ -234,6 +235,10 @@ def test_mistakes(run_dir, tmp_path):
         release(run_dir, 'cifar10', name='resnet56_saam', out=tmp_path)
     with pytest.raises(ValueError, match="unknown checkpoint 'first'"):
         release(run_dir, 'cifar10', checkpoint='first', out=tmp_path)
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'model_kwargs': dict(flavour='fa')}))
+    with pytest.raises(ValueError, match=r'trained with --model-kwargs .* but a release is loaded by its name alone'):
+        release(run_dir, 'cifar10', out=tmp_path)
     (run_dir / 'model_best.pth.tar').unlink()
     with pytest.raises(FileNotFoundError, match=r'no model_best\.pth\.tar'):
         release(run_dir, 'cifar10', checkpoint='best', out=tmp_path)

@@ -150,6 +150,20 @@ def test_a_config_that_names_a_pickle(hub, zoo, tmp_path):
     assert not (tmp_path / 'evil').exists()
 
 
+def test_what_is_no_model(hub, other):
+    """One line, for a folder as for a repository."""
+    config = json.loads((other / 'config.json').read_text())
+    (other / 'config.json').write_text(json.dumps({**config, 'architecture': 'resnet9000'}))
+    hub.add('org/x', {p.name: p.read_bytes() for p in other.iterdir() if p.is_file()})
+    for name in (f'local-dir:{other}', 'hf-hub:org/x'):
+        result = CliRunner().invoke(main, ['validate', '--model', name, '--data-dir', '.'])
+        assert result.exit_code == 2 and 'cannot be loaded: Unknown model (resnet9000)' in result.output
+    (other / 'config.json').write_text(json.dumps(config))
+    (other / 'model.safetensors').write_bytes(b'nothing')
+    with pytest.raises(ValueError, match=r'cannot be loaded: .*`poolattn verify local-dir:'):
+        load_pretrained(f'local-dir:{other}')
+
+
 def test_command_line(hub):
     result = CliRunner().invoke(main, ['validate', '--model', f'hf-hub:org/{NAME}', '--data-dir', '.'])
     assert result.exit_code == 2 and result.output.startswith('Error: org/') and 'is not published' in result.output

@@ -172,7 +172,7 @@ def _upload(
 
     step()
     weights = json.loads((folder / 'results.json').read_text())['weights']['sha256']
-    tag, revision = f'weights-{weights[:12]}', info.sha
+    tag, revision, kept = f'weights-{weights[:12]}', info.sha, ''
     operations = [CommitOperationAdd(path, folder / path) for path in changed]
     operations += [CommitOperationDelete(path) for path in foreign]
     title = f'{folder.name}, weights {weights[:12]}'
@@ -185,6 +185,7 @@ def _upload(
     elif status != 'unchanged':
         if lost:
             api.create_tag(repo_id, tag=f'replaced-{info.sha[:12]}', revision=info.sha, exist_ok=True)
+            kept = f', the old ones under replaced-{info.sha[:12]}'
         # create_commit and not upload_folder, which may take several commits
         revision = api.create_commit(repo_id, **commit).oid
 
@@ -197,7 +198,7 @@ def _upload(
         api.create_tag(repo_id, tag=tag, revision=revision, exist_ok=True)
     if collection:
         api.add_collection_item(collection, repo_id, 'model', exists_ok=True)
-    return status, url if status == 'proposed' else f'{url}, tag {tag}'
+    return status, url if status == 'proposed' else f'{url}, tag {tag}{kept}'
 
 
 def _proposal(api: HfApi, folder: Path, repo_id: str, title: str) -> str | None:

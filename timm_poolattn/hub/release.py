@@ -55,7 +55,8 @@ def release(
 
     Raises:
         FileNotFoundError: no finished run in `run_dir`.
-        ValueError: an unknown tag or checkpoint, or a `name` that the run did not train.
+        ValueError: an unknown tag or checkpoint, a `name` that the run did not train, or a network that is not its
+            name's.
     """
     run_dir, out = Path(run_dir), out or hub_configs_dir()
     if tag not in DATASETS:
@@ -69,11 +70,15 @@ def release(
     arch = args['model'].split('.')[0]
     if name not in (None, arch):
         raise ValueError(f'{run_dir}: the run trained {arch}, not {name}; release it as --name {arch}')
+    if args['model_kwargs']:
+        raise ValueError(
+            f'{run_dir}: trained with --model-kwargs {args["model_kwargs"]}, but a release is loaded by its name alone'
+        )
     data = load_images(data_dir or args['data_dir'], args['val_split'], name=args['dataset'])
 
     with torch.serialization.safe_globals([argparse.Namespace]):
         saved = torch.load(run_dir / CHECKPOINTS[checkpoint], map_location='cpu', weights_only=True)
-    model = create_model(f'{arch}.{tag}', num_classes=args['num_classes'], **args['model_kwargs'])
+    model = create_model(f'{arch}.{tag}', num_classes=args['num_classes'])
     model.load_state_dict(clean_state_dict(saved.get('state_dict_ema', saved['state_dict'])))
 
     folder = out / f'{arch}.{tag}'

@@ -82,7 +82,7 @@ def verify(
     """
     data = dict(data_dir=data_dir, dataset=dataset, split=split)
     if not str(target).startswith('hf-hub:'):
-        return verify_folder(resolve(target), **data)
+        return verify_folder(resolve(str(target).removeprefix('local-dir:')), **data)
     repo_id, _, revision = str(target).removeprefix('hf-hub:').partition('@')
     with tempfile.TemporaryDirectory() as temp, hub_errors(repo_id, endpoint):
         folder = Path(temp, 'release')

@@ -103,6 +103,8 @@ def _explain(error: BaseException, repo_id: str, endpoint: str) -> str:
         if 'Timeout' in kind:
             return f'{where}: no answer in time: run again, or allow more (HF_HUB_DOWNLOAD_TIMEOUT, in s)'
         return f'{where}: the connection broke off: run again, it goes on from there ({error})'
+    if isinstance(error, ConnectionError) and 'xet' in str(error):
+        return f'{where}: no Xet storage: set HF_HUB_DISABLE_XET=1 for a server that has none, else run again ({error})'
     if 'Consistency check failed' in str(error):
         return f'{where}: the download was cut short and is not used: run again'
     return ''
