@@ -119,6 +119,17 @@ def peak_bytes(run: Callable[[], Any], device: torch.device | str = 'cpu') -> in
     return peak
 
 
+def plain_name(name: str) -> str | None:
+    """The registered backbone of a gated model without its gate, or None for a model without one."""
+    arch, _, tag = name.partition('.')
+    plain, _, gate = arch.rpartition('_')
+    if gate not in (*GATES, 'fa', 'fase'):
+        return None
+    if timm.is_model(f'cifar_{plain}'):  # where timm owns the plain name
+        plain = f'cifar_{plain}'
+    return f'{plain}.{tag}' if tag else plain
+
+
 class _BytesMoved(TorchDispatchMode):
     """Counts what operations read and write: their tensor arguments and results, each once. Views move nothing."""
 
@@ -326,7 +337,11 @@ def bench_models(
             model = timm.create_model(name)
         same = dict(flavour=model.flavour) if hasattr(model, 'flavour') else {}
         plain = f'{name} without gates'
-        build = {plain: lambda: timm.create_model(name, gate=None, **same), name: lambda: timm.create_model(name)}  # noqa: B023
+        # not gate=None, which timm.create_model drops as it does every None
+        build = {
+            plain: lambda: timm.create_model(plain_name(name) or name, **same),  # noqa: B023
+            name: lambda: timm.create_model(name),  # noqa: B023
+        }
         built = _measure(build, 'cpu', repeats)
         eager = {label: make().to(memory_format=memory_format, **dd) for label, make in build.items()}
         if authors_model is not None and name == 'resnet164_spem':

@@ -448,6 +448,27 @@ def bench_import(runs: int, as_json: bool) -> None:
         )
 
 
+@bench.command('loader')
+@click.option('--data-dir', required=True, type=click.Path(), help='A folder or tar by class.')
+@click.option('--split', default='train', show_default=True)
+@click.option('--batch-size', type=click.IntRange(1), default=128, show_default=True)
+@click.option('--workers', type=click.IntRange(0), default=2, show_default=True, help="Of timm's loader.")
+@click.option('--airbench', type=click.Path(), help='A checkout of KellerJordan/cifar10-airbench, to measure beside.')
+@device_option
+@json_option
+def bench_loader(data_dir, device, as_json: bool, **options) -> None:
+    """Images/s of the loader that holds its data on the device, beside timm's."""
+    from .training.bench import bench_loader
+
+    rows = bench_loader(data_dir, device=_default_device(device), **options)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        slower = f'  resident is {row["ratio"]:.1f}x as fast' if row is not rows[0] else ''
+        click.echo(f'{row["loader"]:<18}{row["images_per_s"]:>10,.0f} images/s{slower}')
+
+
 @bench.command('models')
 @click.option('--model', 'names', multiple=True, help='Default: resnet164_spem, resnet56_saam, resnet56_fa.')
 @click.option('--batch-size', type=click.IntRange(1), default=64, show_default=True)
@@ -497,6 +518,30 @@ def bench_skip(name, data_dir, dataset, split, per_sample, batch_size, device, a
         click.echo(
             f'{row["threshold"]:9.2f}  {row["top1"]:9.2f}  {row["blocks_run"]:10.1%}  {row["images_per_s"]:8.0f}'
             f'  {row["speedup"]:7.2f}x'
+        )
+
+
+@bench.command('train')
+@click.argument('models', nargs=-1, required=True)
+@click.option('--mode', 'modes', multiple=True, help='eager, channels_last, autocast or compiled. Default: all.')
+@click.option('--batch-size', type=click.IntRange(1), default=128, show_default=True)
+@click.option('--steps', type=click.IntRange(1), default=20, show_default=True, help='In each of three turns.')
+@click.option('--compile-mode', help="torch.compile's; reduce-overhead for CUDA graphs.")
+@device_option
+@json_option
+def bench_train(models, modes, device, as_json: bool, **options) -> None:
+    """Images/s and memory of a training step of MODELS, each with its gate and without."""
+    from .training.bench import MODES, bench_train
+
+    rows = bench_train(models, modes=modes or MODES, device=_default_device(device), **options)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    click.echo(f'{"model":<24}{"mode":<15}{"images/s":>10}{"peak MB":>9}   floor: images/s   GFLOP   GB moved')
+    for row in rows:
+        click.echo(
+            f'{row["model"]:<24}{row["mode"]:<15}{row["images_per_s"]:>10,.0f}{row["peak_mb"]:>9.0f}'
+            f'{row["floor_images_per_s"]:>18,.0f}{row["gflop"]:>8.1f}{row["gbytes"]:>11.2f}'
         )
 
 
