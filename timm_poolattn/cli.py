@@ -114,10 +114,11 @@ def predict(images, name: str, topk: int, demo: bool, as_json: bool) -> None:
 def validate(name, data_dir, dataset, split, batch_size, device, as_json: bool) -> None:
     """Accuracy of a trained model on a data set."""
     from .data import load_images
-    from .inference import evaluate, load_pretrained
+    from .inference import decoded_size, evaluate, load_pretrained
 
     model = load_pretrained(name)
-    data = load_images(data_dir, split, name=dataset, img_mode='L' if model.in_chans == 1 else 'RGB')
+    img_mode = 'L' if model.in_chans == 1 else 'RGB'
+    data = load_images(data_dir, split, name=dataset, img_mode=img_mode, size=decoded_size(model))
     result = dict(model=name, **evaluate(model, data, batch_size=batch_size, device=_default_device(device)))
     if as_json:
         click.echo(json.dumps(result, indent=2))

@@ -1,6 +1,7 @@
 """Using trained models: load by name, classify images, measure accuracy on a data set."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -114,11 +115,21 @@ def predict(model: nn.Module, paths: Iterable[str | Path], topk: int = 5) -> lis
     return results
 
 
+def decoded_size(model: nn.Module) -> int | None:
+    """`size` of `load_images` by which `evaluate` sees images of any size as timm's evaluation does.
+
+    None for a model that is not square: its images must be of its size.
+    """
+    config = resolve_data_config(model=model)
+    height, width = config['input_size'][1:]
+    return math.floor(height / config['crop_pct']) if height == width else None
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, data: ImageData, *, batch_size: int = 500, device: torch.device | str = 'cpu'
 ) -> dict[str, float]:
-    """Accuracy on every image of `data`, single view, in the images' own size.
+    """Accuracy on every image of `data`, single view; of larger images than the model's, the centre.
 
     Args:
         model: Put into evaluation mode and moved to `device`.
@@ -130,7 +141,7 @@ def evaluate(
         `top1` and `top5` in %, `loss` (mean cross entropy), `ece` (see `calibration_error`), `images` (their number).
 
     Raises:
-        ValueError: the data has another image size than the model, or classes that the model does not know.
+        ValueError: the images are smaller than the model's, or classes that the model does not know.
     """
     labels = list(model.pretrained_cfg.get('label_names') or data.classes)
     unknown = [name for name in data.classes if name not in labels[: model.num_classes]]

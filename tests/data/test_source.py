@@ -125,6 +125,15 @@ def test_resizing_is_timms_evaluation(image_folder):
     assert load_images(image_folder, 'test', size=32).images.equal(load_images(image_folder, 'test').images)
 
 
+def test_classes_of_another_split(image_folder):
+    shutil.rmtree(image_folder / 'test' / 'cat')
+    assert load_images(image_folder, 'test').targets.tolist() == [0] * 4
+    data = load_images(image_folder, 'test', classes=['cat', 'dog'])
+    assert data.targets.tolist() == [1] * 4 and data.classes == ['cat', 'dog']
+    with pytest.raises(ValueError, match='test has classes that are not trained on: dog'):
+        load_images(image_folder, 'test', classes=['cat'])
+
+
 def test_mixed_sizes_are_named(image_folder):
     Image.new('RGB', (40, 32)).save(image_folder / 'train' / 'dog' / '3.png')
     with pytest.raises(ValueError, match=r'mixed size: cat/0.png is 32x32, dog/3.png is 40x32'):

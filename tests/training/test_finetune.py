@@ -48,6 +48,8 @@ def test_a_folder_of_classes(train_script, photos, tmp_path):
     model = load_pretrained(f'local-dir:{tmp_path / "run" / "model"}')
     assert model.pretrained_cfg['label_names'] == list(CLASSES)
     assert evaluate(model, load_images(photos, 'test', size=32))['top1'] == pytest.approx(top1)
+    args = ['validate', '--model', f'local-dir:{tmp_path / "run" / "model"}', '--data-dir', str(photos), '--json']
+    assert json.loads(CliRunner().invoke(main, args).stdout)['top1'] == pytest.approx(top1)
     assert top1 >= 60  # of five plain colours, one image each
     image = photos / 'bear' / '0.jpg'
     args = ['predict', str(image), '--model', f'local-dir:{tmp_path / "run" / "model"}', '--json']

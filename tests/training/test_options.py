@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 
 import pytest
 import torch
@@ -166,6 +167,18 @@ def test_photos_of_any_size(train_script, image_folder, tmp_path, caplog):
     assert '12 images of 32x32 held on cpu: random crop with padding 4' in caplog.text
     run_train(train_script, image_folder, tmp_path / 'b', *options, '--crop-pct', 0.875)
     assert '12 images of 36x36 held on cpu: random crop with padding 0' in caplog.text
+
+
+def test_classes(train_script, image_folder, tmp_path):
+    """The evaluation split may lack a class, and not have another; the model must have as many."""
+    options = ['--model', 'resnet20', '--num-classes', 2]
+    shutil.rmtree(image_folder / 'test' / 'cat')
+    run_train(train_script, image_folder, tmp_path / 'a', *options)
+    (image_folder / 'test' / 'dog').rename(image_folder / 'test' / 'horse')
+    with pytest.raises(ValueError, match='validation has classes that are not trained on: horse'):
+        run_train(train_script, image_folder, tmp_path / 'b', *options)
+    with pytest.raises(ValueError, match='2 classes, and the model has 1; give --num-classes 2'):
+        run_train(train_script, image_folder, tmp_path / 'c', *options, '--num-classes', 1)
 
 
 class TestRecipe:

@@ -80,6 +80,7 @@ def load_images(
     download: bool = False,
     img_mode: str = 'RGB',
     size: int | None = None,
+    classes: list[str] | None = None,
 ) -> ImageData:
     """Read one split of a data set into memory.
 
@@ -92,12 +93,24 @@ def load_images(
         img_mode: PIL's mode to decode to, 'RGB' or 'L'. Default: 'RGB'.
         size: resize images that are not size x size: the shorter side to `size`, then the square at the centre, as
             timm's evaluation does. Default: as they are, which must be one size.
+        classes: what the targets are indices into, where the split may hold a few of them only. Default: its own.
 
     Raises:
         FileNotFoundError: no `root`, or no such split in it.
-        ValueError: a class without images, an image that cannot be decoded, images of mixed size, an unknown `name`.
+        ValueError: a class without images or beyond `classes`, an image that cannot be decoded, images of mixed size,
+            an unknown `name`.
     """
-    root = Path(root).expanduser()
+    data = _load(Path(root).expanduser(), split, name, download, img_mode, size)
+    if classes is None:
+        return data
+    unknown = [c for c in data.classes if c not in classes]
+    if unknown:
+        raise ValueError(f'{root}: {split} has classes that are not trained on: {", ".join(unknown[:5])}')
+    index = torch.tensor([classes.index(c) for c in data.classes])
+    return ImageData(data.images, index[data.targets], classes)
+
+
+def _load(root: Path, split: str, name: str, download: bool, img_mode: str, size: int | None) -> ImageData:
     if name:
         return _load_torchvision(name, root, split, download, img_mode)
     if root.is_dir():

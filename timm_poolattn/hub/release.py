@@ -109,7 +109,7 @@ def release(
             checkpoint=dict(which=checkpoint, epoch=saved['epoch'], ema='state_dict_ema' in saved),
             released_by=source,
             test=test,
-            epochs=len(curve),
+            epochs=int(curve[-1]['epoch']) + 1,  # --val-interval leaves some out of the curve
             last_epoch_top1=curve[-1]['eval_top1'],
             best_top1=best['eval_top1'],
             best_epoch=int(best['epoch']),

@@ -12,6 +12,7 @@ from timm.models import create_model, save_for_hf
 from torch import nn
 
 from ..data import ImageData, ResidentDataset, ResidentLoader, list_classes, load_images
+from ..inference import decoded_size, load_pretrained
 from .train import train
 
 
@@ -71,27 +72,26 @@ def finetune(data_dir: str | Path, argv: Sequence[str] = (), **options) -> Finet
         best = torch.load(run / 'model_best.pth.tar', map_location='cpu', weights_only=True)
     model = create_model(args['model'], num_classes=args['num_classes'], **args['model_kwargs'])
     model.load_state_dict(best.get('state_dict_ema', best['state_dict']))
-    config = resolve_data_config(args, model=model)
-    model_dir = run / 'model'
+    config = dict(resolve_data_config(args, model=model), crop_pct=args['crop_pct'] or 1.0)  # as the run evaluated it
     save_for_hf(
         model,
-        model_dir,
+        run / 'model',
         model_config=dict(label_names=classes),
         data_config={k: config[k] for k in ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')},
         safe_serialization=True,
     )
-    size = round(config['input_size'][-1] / config['crop_pct'])
-    data = load_images(data_dir, args['val_split'], img_mode='L' if config['input_size'][0] == 1 else 'RGB', size=size)
-    confusion = confusion_matrix(model, data, config)
-    figure = run / 'confusion.png'
-    return Finetuned(
-        model_dir, classes, confusion, best['epoch'], figure if _draw(confusion, classes, figure) else None
-    )
+    model = load_pretrained(f'local-dir:{run / "model"}')
+    img_mode = 'L' if model.in_chans == 1 else 'RGB'
+    data = load_images(data_dir, args['val_split'], img_mode=img_mode, size=decoded_size(model), classes=classes)
+    confusion = confusion_matrix(model, data)
+    figure = _draw(confusion, classes, run / 'confusion.png')
+    return Finetuned(run / 'model', classes, confusion, best['epoch'], figure)
 
 
 @torch.inference_mode()
-def confusion_matrix(model: nn.Module, data: ImageData, config: dict) -> torch.Tensor:
-    """(classes, classes): images of class i that `model` takes for class j; `config` is timm's data config."""
+def confusion_matrix(model: nn.Module, data: ImageData) -> torch.Tensor:
+    """(classes, classes): images of class i that `model` takes for class j."""
+    config = resolve_data_config(model=model)
     loader = ResidentLoader(
         ResidentDataset(data), config['input_size'], 500, is_training=False, mean=config['mean'], std=config['std']
     )

@@ -1,5 +1,6 @@
 """Running timm's train.py with our models, loader and task. Whatever it does besides is timm's own."""
 
+import argparse
 import csv
 import json
 import logging
@@ -23,7 +24,7 @@ from timm.models import get_pretrained_cfg, safe_model_name
 from timm.task import TrainingTask
 
 from .. import __version__
-from ..data import BatchErasing, ResidentDataset, ResidentLoader, load_images
+from ..data import BatchErasing, ResidentDataset, ResidentLoader, list_classes, load_images
 from .guard import Guard, check_checkpoint
 from .task import PenaltyMixin, with_penalty
 from .timm_script import find_train_script, load_train_script
@@ -103,7 +104,7 @@ def train(
         guard = Guard(args.seed, rank=int(os.environ.get('RANK', 0)))
         module.train_one_epoch = guard.around(_with_epoch_metrics(module.train_one_epoch))
         if resident and _can_be_resident(args):
-            module.create_dataset = partial(create_resident_dataset, size=_decoded_size(args))
+            module.create_dataset = partial(create_resident_dataset, args)
             module.create_loader = partial(create_resident_loader, crop_padding=crop_padding)
         start = time.time()
         with guard.watching():
@@ -129,7 +130,7 @@ def train(
     return output
 
 
-def _can_be_resident(args) -> bool:
+def _can_be_resident(args: argparse.Namespace) -> bool:
     need = [f'--{o.replace("_", "-")}' for o in _NEED_TIMM_LOADER if getattr(args, o, None)]
     if args.dataset not in ('', 'torch/cifar10', 'torch/cifar100'):
         need.append(f'--dataset {args.dataset}')
@@ -138,7 +139,7 @@ def _can_be_resident(args) -> bool:
     return not need
 
 
-def _decoded_size(args) -> int | None:
+def _decoded_size(args: argparse.Namespace) -> int | None:
     """Side to which images of another size are brought as they are decoded; None for models that are not square.
 
     --crop-pct leaves a margin around the model's own size: random crops in training, the centre in evaluation.
@@ -149,19 +150,24 @@ def _decoded_size(args) -> int | None:
 
 
 def create_resident_dataset(
+    args: argparse.Namespace,
     name: str,
     root: str | None = None,
     split: str = 'validation',
     download: bool = False,
     seed: int = 42,
     input_img_mode: str = 'RGB',
-    size: int | None = None,
     **_,
 ) -> ResidentDataset:
-    """In place of timm.data.create_dataset."""
+    """In place of timm.data.create_dataset, with the arguments of train.py before its own."""
     if not root:
         raise ValueError('where are the images? --data-dir names a folder, a tar file, or the root of --dataset')
-    data = load_images(root, split, name=name, download=download, img_mode=input_img_mode, size=size)
+    size = _decoded_size(args)
+    classes = None if name else list_classes(root, args.train_split)  # the evaluation split may hold a few of them
+    data = load_images(root, split, name=name, download=download, img_mode=input_img_mode, size=size, classes=classes)
+    if len(data.classes) > args.num_classes:
+        n = len(data.classes)
+        raise ValueError(f'{root}: {n} classes, and the model has {args.num_classes}; give --num-classes {n}')
     return ResidentDataset(data, seed)
 
 
@@ -223,7 +229,7 @@ def _with_epoch_metrics(train_one_epoch):
     return wrapped
 
 
-def _write_run(output: Path, args, run: dict[str, Any], seconds: float) -> None:
+def _write_run(output: Path, args: argparse.Namespace, run: dict[str, Any], seconds: float) -> None:
     device = torch.cuda.get_device_name() if str(args.device).startswith('cuda') else f'{os.cpu_count()} CPU cores'
     run.update(
         seed=args.seed,
