@@ -41,7 +41,12 @@ def page(tmp_path_factory, some_runs):
         patch.setattr(report, 'load_results', lambda: some_runs)
         folder = tmp_path_factory.mktemp('report')
         benchmark = folder / 'benchmark.json'
-        benchmark.write_text(json.dumps([dict(model='resnet20_saam', images_per_s=1234.5)]))
+        measured = dict(mode='eager', inference_images_per_s=1234.5)
+        rows = [
+            dict(model='resnet20_saam', **measured),
+            dict(model='resnet20_saam', **{**measured, 'mode': 'compiled'}),
+        ]
+        benchmark.write_text(json.dumps(dict(rows=rows)))
         report._trunk.cache_clear()
         path = write_report(folder / 'report.html', benchmark)
     report._trunk.cache_clear()

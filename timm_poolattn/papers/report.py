@@ -224,7 +224,8 @@ def read_benchmark(path: str | Path) -> dict[str, float]:
         ValueError: something else.
     """
     try:
-        return {row['model']: row['images_per_s'] for row in json.loads(Path(path).read_text())}
+        rows = json.loads(Path(path).read_text())['rows']
+        return {row['model']: row['inference_images_per_s'] for row in rows if row['mode'] == 'eager'}
     except FileNotFoundError:
         raise FileNotFoundError(f'{path}: no such file; `poolattn bench models --json` writes one') from None
     except (ValueError, TypeError, KeyError):
