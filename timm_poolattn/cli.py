@@ -305,6 +305,18 @@ def publish(ctx, targets, everything: bool, as_json: bool, **options) -> None:
 
 
 @main.command()
+def cards() -> None:
+    """Write the model cards of hub_configs again, from their results files."""
+    from .catalog import released_results
+    from .hub import write_texts
+    from .models import released
+
+    for name, results in released_results().items():
+        write_texts(released()[name], results)
+    click.echo(f'wrote the cards of {", ".join(released())}')
+
+
+@main.command()
 @click.argument('path', type=click.Path(path_type=Path), default='README.md')
 def readme(path: Path) -> None:
     """Write the tables of README.md, from the results files."""

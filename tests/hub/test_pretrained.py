@@ -7,7 +7,9 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from timm_poolattn.catalog import multiply_adds
 from timm_poolattn.data import load_images
+from timm_poolattn.hub import model_card, verify
 from timm_poolattn.inference import evaluate, load_pretrained, predict
 from timm_poolattn.models import DATASETS, released
 from timm_poolattn.papers import model_args, table_rows
@@ -101,6 +103,13 @@ class TestRelease:
         }
         results = json.loads((RELEASED[name] / 'results.json').read_text())
         assert not exact or results['parameters'] in exact
+        assert results['multiply_adds'] == multiply_adds(timm.create_model(name))
+
+    def test_is_sound(self, name):
+        assert all(check.ok for check in verify(name))
+        results = json.loads((RELEASED[name] / 'results.json').read_text())
+        card = (RELEASED[name] / 'README.md').read_text()
+        assert card == str(model_card(results))  # generated, never edited: `poolattn cards`
 
 
 def test_the_photo_of_a_cat():

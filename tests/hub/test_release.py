@@ -186,12 +186,6 @@ class TestCard:
         assert '@article{saam,' in text and 'Lee, Changwoo and Chung, Ki-Seok' in text
         assert "timm.create_model('hf-hub:timm-poolattn/resnet20_saam.cifar10', pretrained=True)" in text
 
-    def test_warm_start(self, folder):
-        results = json.loads((folder / 'results.json').read_text())
-        assert 'warm-start' not in model_card(results).text
-        card = model_card({**results, 'warm_start': 'resnet20_fa.cifar10 resnet20_saam'})
-        assert '`poolattn warm-start resnet20_fa.cifar10 resnet20_saam`' in card.text
-
     def test_every_gate_has_its_two_sentences(self, folder):
         results = json.loads((folder / 'results.json').read_text())
         gates = set()

@@ -139,15 +139,16 @@ class TestErrors:
         assert not any('pytorch_model.bin' in path for _, path in hub.requests)
 
 
-def test_a_config_that_names_a_pickle(hub, zoo, tmp_path):
-    files = {path: file.data for path, file in zoo.head.items()}
+@pytest.mark.parametrize('file', ['evil.bin', '../../evil.safetensors', '/etc/evil.safetensors'])
+def test_a_config_that_names_another_file(hub, zoo, tmp_path, file):
+    files = {path: content.data for path, content in zoo.head.items()}
     config = json.loads(files['config.json'])
-    config['pretrained_cfg']['hf_hub_filename'] = 'evil.bin'
-    files.update({'config.json': json.dumps(config).encode(), 'evil.bin': pickle.dumps(Evil(tmp_path / 'evil'))})
+    config['pretrained_cfg']['hf_hub_filename'] = file
+    files.update({'config.json': json.dumps(config).encode(), file: pickle.dumps(Evil(tmp_path / 'evil'))})
     hub.add(f'org/{NAME}', files)
-    with pytest.raises(HubError, match=r'evil\.bin may hold a pickle'):
+    with pytest.raises(HubError, match=r'is not loaded: weights are a \.safetensors file beside config\.json'):
         timm.create_model(f'hf-hub:org/{NAME}', pretrained=True)
-    assert not (tmp_path / 'evil').exists()
+    assert not (tmp_path / 'evil').exists() and not any('evil' in path for _, path in hub.requests)
 
 
 def test_what_is_no_model(hub, other):

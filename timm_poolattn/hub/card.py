@@ -110,8 +110,6 @@ def model_card(results: dict[str, Any]) -> ModelCard:
     average = ' (the exponential moving average)' if results['checkpoint']['ema'] else ''
     versions = ', '.join(f'{k} {v}' for k, v in results['versions'].items())
     recipe = f'The recipe is `{results["recipe"]}`. ' if 'recipe' in results else ''
-    if 'warm_start' in results:
-        recipe += f'The first weights are made by `poolattn warm-start {results["warm_start"]}`. '
     start = results['arguments'].get('initial_checkpoint')
     if 'warm_start' in results:
         start = f'{start}`, made by `poolattn warm-start {results["warm_start"]} -o {start}'

@@ -84,7 +84,7 @@ def release(
     folder = out / f'{arch}.{tag}'
     out.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(dir=out, prefix=f'.{folder.name}-'))
-    old = temp.with_suffix('.old')
+    old = temp.with_name(f'{temp.name}.old')
     try:
         save_for_hf(
             model,
@@ -131,11 +131,13 @@ def release(
 
 def write_texts(folder: Path, results: dict[str, Any]) -> None:
     """The card and the Hub's evaluation result, from results.json alone."""
-    model_card(results).save(folder / 'README.md')
-    entries = folder / '.eval_results'
-    entries.mkdir(exist_ok=True)
-    text = yaml.safe_dump(eval_result_entries_to_yaml([eval_result(results)]), sort_keys=False)
-    (entries / f'{results["tag"]}.yaml').write_text(text)
+    entries = yaml.safe_dump(eval_result_entries_to_yaml([eval_result(results)]), sort_keys=False)
+    for name, text in (('README.md', str(model_card(results))), (f'.eval_results/{results["tag"]}.yaml', entries)):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        temp = folder.with_name(f'{folder.name}.tmp')  # beside it: the folder never holds anything else
+        temp.write_text(text)
+        os.replace(temp, path)
 
 
 def git_commit() -> str:

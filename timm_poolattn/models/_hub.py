@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -134,8 +135,8 @@ def fetch_weights(
     if source != 'hf-hub':
         return
     hub_id, file = location if isinstance(location, tuple) else (location, HF_SAFE_WEIGHTS_NAME)
-    if not file.endswith('.safetensors'):
-        raise HubError(f'{hub_id}: {file} may hold a pickle; only .safetensors files are loaded')
+    if not re.fullmatch(r'[\w.-]+\.safetensors', file):
+        raise HubError(f'{hub_id}: {file!r} is not loaded: weights are a .safetensors file beside config.json')
     repo_id, revision = hf_split(hub_id)
     with hub_errors(repo_id):
         path = Path(hf_hub_download(repo_id, file, revision=revision, cache_dir=cache_dir))
