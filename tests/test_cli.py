@@ -216,7 +216,8 @@ def test_bench_gates():
 def test_bench_models(tmp_path):
     args = ('--model', 'resnet20_spem', '--batch-size', 2, '--memory-batch-size', 4, '--repeats', 1, '--device', 'cpu')
     plain, spem = json.loads(run('bench', 'models', *args, '--json').stdout)['rows']
-    assert (plain['model'], spem['model']) == ('resnet20_spem without gates', 'resnet20_spem')
+    assert (plain['model'], spem['model']) == ('resnet20', 'resnet20_spem')
+    assert spem['parameters'] - plain['parameters'] == sum(3 * (4 * c + 2) for c in (16, 32, 64))
     assert plain['training_to_plain'] == plain['peak_to_plain'] == 1
     assert spem['inference_images_per_s'] > 0 and 0.9 < spem['peak_to_plain'] < 1.1
     failure = fails('bench', 'models', '--model', 'resnet164_spem', '--repeats', 1, '--spem-authors', tmp_path)

@@ -325,8 +325,9 @@ def bench_models(
           `inference_to_plain` and `training_to_plain`, the median over the turns of this time over the plain one's,
           and `_cpu_to_plain`, by the time that the process spent on all its threads. With the authors' code also
           `_to_authors`;
-        - `peak_mib`, the most that a training step holds at once beyond the weights, and `peak_to_plain`. Eager only;
-        - `construct_s`, the median seconds to build it, and `construct_to_plain`. Eager only.
+        - `parameters`; eager only, as what follows;
+        - `peak_mib`, the most that a training step holds at once beyond the weights, and `peak_to_plain`;
+        - `construct_s`, the median seconds to build it, and `construct_to_plain`.
     """
     dd = dict(device=device)
     authors_model = _spem_authors(spem_authors).to(**dd) if spem_authors else None
@@ -335,13 +336,9 @@ def bench_models(
     for name in tqdm(names, desc='measuring', unit='model', delay=1, leave=False):
         with torch.device('meta'):
             model = timm.create_model(name)
+        plain = plain_name(name) or name
         same = dict(flavour=model.flavour) if hasattr(model, 'flavour') else {}
-        plain = f'{name} without gates'
-        # not gate=None, which timm.create_model drops as it does every None
-        build = {
-            plain: lambda: timm.create_model(plain_name(name) or name, **same),  # noqa: B023
-            name: lambda: timm.create_model(name),  # noqa: B023
-        }
+        build = {plain: lambda: timm.create_model(plain, **same), name: lambda: timm.create_model(name)}  # noqa: B023
         built = _measure(build, 'cpu', repeats)
         eager = {label: make().to(memory_format=memory_format, **dd) for label, make in build.items()}
         if authors_model is not None and name == 'resnet164_spem':
@@ -383,6 +380,7 @@ def bench_models(
                     row[f'{kind}_to_authors'] = _ratio(seconds[label, mode], authors)
                     row[f'{kind}_cpu_to_authors'] = _ratio(seconds[label, mode], authors, 'cpu')
             if mode == 'eager' and label in build:
+                row['parameters'] = sum(p.numel() for p in eager[label].parameters())
                 row.update(peak_mib=peaks[label] / 2**20, peak_to_plain=peaks[label] / peaks[plain])
                 row.update(construct_s=_median(built[label]), construct_to_plain=_ratio(built[label], built[plain]))
             rows.append(row)
