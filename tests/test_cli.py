@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from timm_poolattn import catalog
-from timm_poolattn.catalog import list_models, markdown_table, readme_tables
+from timm_poolattn.catalog import benchmark_tables, list_models, markdown_table, readme_tables
 from timm_poolattn.cli import main
 from timm_poolattn.models import released
 
@@ -167,6 +167,14 @@ class TestReadmeTable:
         text = (Path(__file__).parents[1] / 'README.md').read_text()
         for start, table in readme_tables().items():
             assert f'{start}\n{table}\n' in text
+
+    def test_benchmarks_are_those_of_the_json(self):
+        table = benchmark_tables()
+        for path in (Path(__file__).parents[1] / 'timm_poolattn' / 'benchmarks').glob('*.json'):
+            result = json.loads(path.read_text())
+            assert result['date'] in table and result['torch'] in table
+            for row in result['rows']:
+                assert f'| {row["gate" if "gate" in row else "model"]} |' in table
 
     def test_writes_between_its_marks_alone(self, tmp_path):
         path = tmp_path / 'README.md'

@@ -83,7 +83,6 @@ def test_one_of_tied_positions_gets_the_gradient(plainly, layout):
     torch.testing.assert_close(actual[~tied], expected[~tied])
 
 
-@pytest.mark.filterwarnings('ignore:There is a performance drop')
 @pytest.mark.parametrize('name', GATES)
 def test_per_sample_gradients(name):
     gate = randomise(GATES[name](8))

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 
 def trains_eagerly(x: torch.Tensor) -> bool:
-    """Whether a gradient will be asked for, and no graph is being captured."""
+    """Whether a gradient will be asked for, and neither a graph is being captured nor torch.func at work."""
     if isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active():  # what autograd.Function itself asks
         return False
     return torch.is_grad_enabled() and x.requires_grad
 
@@ -81,8 +83,6 @@ def _max_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _MaxMinPool(Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x):
         f_max, i_max = _max_pool(x)
@@ -97,13 +97,12 @@ class _MaxMinPool(Function):
     @staticmethod
     def backward(ctx, g_x, g_max, g_min, _):
         (index,) = ctx.saved_tensors
-        flat = _own(g_x).flatten(2)
-        return flat.scatter_add_(2, index, torch.stack([g_max, g_min], dim=2)).view_as(g_x)
+        b, c, h, w = g_x.shape
+        flat = _own(g_x).reshape(b, c, h * w)
+        return flat.scatter_add_(2, index, torch.stack([g_max, g_min], dim=2)).reshape(b, c, h, w)
 
 
 class _ChannelMean(Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x):
         return x.view_as(x), x.mean(1, keepdim=True)
@@ -119,8 +118,6 @@ class _ChannelMean(Function):
 
 class _ScoreConv(Function):
     """Its gradients as forward convolutions: backward ones of a single channel take several times as long on CPU."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(mean, weight):
@@ -140,8 +137,6 @@ class _ScoreConv(Function):
 
 
 class _WeightedPool(Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x, v):
         return x.view_as(x), v.flatten(2) @ x.flatten(2).transpose(1, 2)
@@ -162,8 +157,6 @@ class _WeightedPool(Function):
 
 
 class _Scale(Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x, v, shortcut):
         return x * v if shortcut is None else torch.addcmul(shortcut, x, v)

@@ -15,13 +15,13 @@ class _KeptByNorm(saved_tensors_hooks):
     """Within it, x = norm(...) is not saved for backward: it is computed again from the input that the norm saves."""
 
     def __init__(self, norm: nn.BatchNorm2d, x: torch.Tensor) -> None:
-        node, address, shape = x.grad_fn, x.data_ptr(), x.shape  # not x itself, which the hooks would keep alive
+        node, address, shape = x.grad_fn, x.untyped_storage()._cdata, x.shape  # not x itself, which the hooks would keep alive
         uses = 0
         again: torch.Tensor | None = None
 
         def pack(saved: torch.Tensor) -> torch.Tensor | None:
             nonlocal uses
-            if saved.data_ptr() != address or saved.shape != shape:
+            if saved.untyped_storage()._cdata != address or saved.shape != shape:
                 return saved
             uses += 1
             return None
