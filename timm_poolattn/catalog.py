@@ -118,12 +118,14 @@ def benchmark_tables() -> str:
     for path in sorted(folder.glob('gates*.json')):
         result = json.loads(path.read_text())
         lines += [
-            f'Gates, {_conditions(result)}:',
+            f'Gates on the largest map, {_conditions(result)}:',
             '',
             '| gate | map | layout | forward | training | forward, to SE | training, to SE | moved | peak |',
             '|---|---|---|---|---|---|---|---|---|',
         ]
         for row in result['rows']:
+            if row['size'] < max(other['size'] for other in result['rows']):
+                continue
             keys = [f'{kind}_cpu_to_{other}' for other in ('identity', 'se') for kind in ('forward', 'training')]
             cells = [f'{row[key]:.1f}' for key in (*keys, 'forward_moved', 'peak_maps')]
             size = f'{row["channels"]}x{row["size"]}x{row["size"]}'
