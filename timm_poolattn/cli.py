@@ -319,17 +319,10 @@ def cards() -> None:
 @main.command()
 @click.argument('path', type=click.Path(path_type=Path), default='README.md')
 def readme(path: Path) -> None:
-<<<<<<< HEAD
-    """Write the tables of README.md, from the results files."""
+    """Write the tables of README.md, from the results files and the benchmarks of this package."""
     from .catalog import write_tables
 
     write_tables(path)
-=======
-    """Write README.md's tables, from the results files of hub_configs and the benchmarks' JSON."""
-    from .catalog import write_table
-
-    write_table(path)
->>>>>>> 5a8e682 (Under torch.func the gates run their plain equations; README tables from the benchmarks' JSON)
     click.echo(f'wrote the tables of {path}')
 
 
