@@ -255,6 +255,14 @@ class TestFaults:
         assert one().status == 'published' and hub.waits == [1, 8]  # 7 s, and one for rounding
         is_whole(hub, folder)
 
+    def test_no_answer_to_the_commit(self, hub, folder, monkeypatch):
+        monkeypatch.setattr(sys.modules[publish.__module__], 'TIMEOUT', 0.5)
+        hub.fault('POST', 'commit', 'slow')
+        row = one()
+        assert row.status == 'failed' and 'no answer in time: run again' in row.detail and not tags(hub)
+        assert one().status in ('published', 'unchanged')  # the server may have gone on with the first
+        is_whole(hub, folder)
+
     @pytest.mark.parametrize('kind', ['slow', 'cut'])
     def test_download_afterwards(self, hub, folder, kind):
         """The client gives up after a second without an answer, and goes on where the connection ended."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import timm
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
@@ -17,6 +17,8 @@ from tqdm import tqdm
 from ..models import HubError, hub_errors, redact
 from .verify import download, resolve, verify_folder
 
+#: Seconds to wait for an answer, where HF_HUB_DOWNLOAD_TIMEOUT is not more. huggingface_hub would wait for ever.
+TIMEOUT = 60
 _STEPS = ('verifying', 'looking up', 'uploading', 'downloading', 'tagging')
 
 
@@ -75,6 +77,7 @@ def publish(
     if not dry_run and not get_token():
         raise HubError('publishing needs a token with write access: `hf auth login`, or set HF_TOKEN')
     api = HfApi(endpoint=endpoint)
+    get_session().timeout = max(TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
     def run(folder: Path) -> Published:
         repo_id = f'{org}/{folder.name}'
