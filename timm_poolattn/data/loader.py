@@ -126,6 +126,8 @@ class ResidentLoader:
         ValueError: the images are smaller than `input_size`, have other channels, or are fewer than processes.
     """
 
+    sampler = batch_sampler = None  # train.py looks for their set_epoch; the data set has it
+
     def __init__(
         self,
         dataset: ResidentDataset,
