@@ -2,6 +2,8 @@ import os
 import tarfile
 from pathlib import Path, PurePosixPath
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch: the cores belong to the test processes of `pytest -n`
+
 import pytest
 import torch
 from PIL import Image
