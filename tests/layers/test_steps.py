@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
-from timm_poolattn.layers import SAAM, SPEM, _steps
+from timm_poolattn.layers import SAAM, SPEM, FocusAssociation, _steps, fa_weight
 from timm_poolattn.models.cifar_resnet import BasicBlock
 
 from .test_equations import randomise
@@ -29,7 +29,7 @@ def plainly(monkeypatch):
 
     def run(fn):
         with monkeypatch.context() as m:
-            m.setattr(_steps, 'trains_eagerly', lambda x: False)
+            m.setattr(_steps, 'runs_eagerly', lambda x: False)
             return fn()
 
     return run
@@ -64,6 +64,52 @@ def test_gradcheck(name, layout):
     fn = lambda x, shortcut, *_: gate.forward_add(x, shortcut)  # noqa: E731
     assert torch.autograd.gradcheck(fn, (x, shortcut, *parameters))
     assert torch.autograd.gradgradcheck(fn, (x, shortcut, *parameters), fast_mode=True)
+
+
+class FAStep(torch.nn.Module):
+    """FA around the block u -> relu(u): X_{i+1}, Eq. 2-9."""
+
+    def __init__(self, channels, index, **kwargs):
+        super().__init__()
+        self.fa = FocusAssociation(channels, index, **kwargs)
+
+    def forward(self, x, u, *ks):
+        return fa_weight(x, u.relu(), self.fa(x, list(ks)))
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('index', [1, 3])
+def test_fa_is_equal_to_the_plain_equations(plainly, index, layout):
+    step = FAStep(16, index)
+    x, u = (LAYOUTS[layout](torch.randn(3, 16, 5, 3)).requires_grad_() for _ in range(2))
+    ks = [torch.rand(3, 1, requires_grad=True) for _ in range(index - 1)]
+    weights = torch.randn_like(x)
+
+    def outputs_and_gradients():
+        y = step(x, u, *ks)
+        return [y, *torch.autograd.grad((y * weights).sum(), [x, u, *ks, *step.parameters()])]
+
+    actual, expected = outputs_and_gradients(), plainly(outputs_and_gradients)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert actual[0].stride() == expected[0].stride()
+
+
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+def test_fa_gradcheck(layout):
+    step = FAStep(4, 2, dtype=torch.double)
+    x, u = (LAYOUTS[layout](torch.randn(2, 4, 3, 2, dtype=torch.double)).requires_grad_() for _ in range(2))
+    k = torch.rand(2, 1, dtype=torch.double, requires_grad=True)
+    fn = lambda x, u, k, *_: step(x, u, k)  # noqa: E731
+    assert torch.autograd.gradcheck(fn, (x, u, k, *step.parameters()))
+    assert torch.autograd.gradgradcheck(fn, (x, u, k, *step.parameters()), fast_mode=True)
+
+
+@pytest.mark.parametrize('paths', [1, 4])
+@pytest.mark.parametrize('size', [(32, 32), (5, 3), (1, 1)])
+def test_score_conv_without_gradients(paths, size):
+    mean, weight = torch.randn(3, 1, *size), torch.randn(paths, 1, 5, 5)
+    expected = torch.nn.functional.conv2d(mean.double(), weight.double(), padding=2)
+    torch.testing.assert_close(_steps.score_conv(mean, weight).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)

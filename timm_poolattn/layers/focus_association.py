@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ._check import check_channels, check_rd_ratio
+from ._steps import spatial_mean, weight_block
 
 
 class Focus(nn.Module):
@@ -45,7 +46,7 @@ class Focus(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_channels(x, self.channels, 'Focus')
-        return F.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3))))))
+        return F.sigmoid(self.fc2(F.relu(self.fc1(spatial_mean(x)))))
 
 
 class Association(nn.Module):
@@ -121,7 +122,7 @@ class FocusAssociation(nn.Module):
 
 def fa_weight(x: torch.Tensor, u: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """X_{i+1} = X_i + (U_i - X_i) k_i, Eq. 9. Shapes: x and u (B, C, H, W), k (B, 1) -> (B, C, H, W)."""
-    return torch.lerp(x, u, k.to(x.dtype)[:, :, None, None])
+    return weight_block(x, u, k)
 
 
 def fa_weight_unskipped(
