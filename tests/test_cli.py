@@ -228,6 +228,9 @@ def test_bench_models(tmp_path):
     assert spem['parameters'] - plain['parameters'] == sum(3 * (4 * c + 2) for c in (16, 32, 64))
     assert plain['training_to_plain'] == plain['peak_to_plain'] == 1
     assert spem['inference_images_per_s'] > 0 and 0.9 < spem['peak_to_plain'] < 1.1
+    rows = json.loads(run('bench', 'models', *args, '--reparameterize', '--json').stdout)['rows']
+    assert [row['mode'] for row in rows] == ['eager', 'eager', 'reparameterized', 'reparameterized']
+    assert rows[3]['inference_to_plain'] > 0 and 'training_to_plain' not in rows[3]
     failure = fails('bench', 'models', '--model', 'resnet164_spem', '--repeats', 1, '--spem-authors', tmp_path)
     assert '--spem-authors takes a checkout' in failure
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -298,6 +299,7 @@ def bench_models(
     names: Sequence[str] = ('resnet164_spem', 'resnet56_saam', 'resnet56_fa'),
     *,
     compile: bool = False,
+    reparameterize: bool = False,
     channels_last: bool = False,
     batch_size: int = 64,
     memory_batch_size: int = 128,
@@ -310,6 +312,8 @@ def bench_models(
     Args:
         names: of our models with gates. Default: resnet164_spem, resnet56_saam, resnet56_fa.
         compile: measure them compiled, too. Default: False.
+        reparameterize: measure inference with `timm.utils.reparameterize_model` too, where a model has something to
+            fold. Default: False.
         channels_last: run ours and the plain ones in this memory format. Default: False.
         batch_size: Default: 64.
         memory_batch_size: of the step whose memory is taken. Default: 128.
@@ -319,7 +323,8 @@ def bench_models(
             published, beside resnet164_spem. Default: None.
 
     Returns:
-        What was measured where, and `rows`, for each `model` and `mode` (eager or compiled), the plain backbone first:
+        What was measured where, and `rows`, for each `model` and `mode` (eager, compiled or, with no figures of
+        training, reparameterized), the plain backbone first:
 
         - medians `inference_images_per_s` and `training_images_per_s` (forward, cross entropy and backward), with
           `inference_to_plain` and `training_to_plain`, the median over the turns of this time over the plain one's,
@@ -346,6 +351,9 @@ def bench_models(
         modules = {(label, 'eager'): m for label, m in eager.items()}
         if compile:
             modules |= {(label, 'compiled'): torch.compile(eager[label]) for label in build}
+        folded = {}
+        if reparameterize:
+            folded = {(label, 'reparameterized'): reparameterize_model(eager[label].eval()) for label in build}
 
         def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
             x = torch.randn(size, *eager[name].pretrained_cfg['input_size'], **dd)  # noqa: B023
@@ -362,16 +370,18 @@ def bench_models(
 
         x, y = batch(batch_size)
         timed = {
-            kind: _measure({key: lambda m=m, run=run: run(m, x, y) for key, m in modules.items()}, device, repeats)  # noqa: B023
-            for kind, run in (('inference', inference), ('training', training))
+            kind: _measure({key: lambda m=m, run=run: run(m, x, y) for key, m in measured.items()}, device, repeats)  # noqa: B023
+            for kind, run, measured in (('inference', inference, modules | folded), ('training', training, modules))
         }
         peaks = {}
         for label in build:
             images = batch(memory_batch_size)
             peaks[label] = peak_bytes(lambda label=label, images=images: training(eager[label], *images), device)  # noqa: B023
-        for label, mode in modules:
+        for label, mode in modules | folded:
             row: dict[str, Any] = dict(model=label, mode=mode)
             for kind, seconds in timed.items():
+                if (label, mode) not in seconds:
+                    continue
                 row[f'{kind}_images_per_s'] = batch_size / _median(seconds[label, mode])
                 row[f'{kind}_to_plain'] = _ratio(seconds[label, mode], seconds[plain, mode])
                 row[f'{kind}_cpu_to_plain'] = _ratio(seconds[label, mode], seconds[plain, mode], 'cpu')

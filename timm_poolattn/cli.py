@@ -487,6 +487,7 @@ def bench_loader(data_dir, device, as_json: bool, **options) -> None:
 @click.option('--batch-size', type=click.IntRange(1), default=64, show_default=True)
 @click.option('--memory-batch-size', type=click.IntRange(1), default=128, show_default=True)
 @click.option('--channels-last', is_flag=True, help='Memory format of ours and of the plain networks.')
+@click.option('--reparameterize', is_flag=True, help="Inference with BNs folded into convs, too (timm's --reparam).")
 @click.option('--spem-authors', type=click.Path(path_type=Path), help='A checkout of github.com/Qrange-group/SPEM.')
 @compile_option
 @repeats_option

@@ -2,6 +2,7 @@ import pytest
 import timm
 import torch
 from timm.optim import create_optimizer_v2
+from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_poolattn import CifarResNet
@@ -233,3 +234,21 @@ def test_memory_of_training():
         return peak_bytes(lambda: model(x).square().sum().backward())
 
     assert peak('resnet164_spem') < 1.1 * peak('resnet164')
+
+
+@pytest.mark.parametrize('name', ['resnet20', 'resnet20_fa', 'resnet20_saam', 'resnet83_spem', 'resnext29_fase'])
+def test_reparameterized_for_inference(name):
+    model = timm.create_model(name).eval()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+    x = torch.randn(2, 3, 32, 32)
+    folded = reparameterize_model(model)
+    norms = [name for name, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(name == 'bn1' or '.shortcut.' in name for name in norms)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())

@@ -22,6 +22,7 @@ from timm.layers import (
 from timm.layers.cbam import CbamModule
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..layers import GATES, FocusAssociation
 from ._base import Stage, StagedNet, check_gate
@@ -56,7 +57,17 @@ FLAVOURS = {
 _UNDECAYED_GATES = ('se', 'se2', 'cbam', 'saam', 'saam2', 'saam4')
 
 
-class BasicBlock(nn.Module):
+class _Block(nn.Module):
+    def reparameterize(self) -> None:
+        """Fold the BNs into the convs before them, for inference: `timm.utils.reparameterize_model` calls it."""
+        for i in range(1, self.depth + 1):
+            conv, norm = getattr(self, f'conv{i}'), getattr(self, f'bn{i}')
+            if type(norm) is nn.BatchNorm2d:
+                setattr(self, f'conv{i}', fuse_conv_bn_eval(conv, norm))
+                setattr(self, f'bn{i}', nn.Identity())
+
+
+class BasicBlock(_Block):
     """Two 3x3 convs. forward(x, shortcut) takes the shortcut already matched in shape: see `Stage`."""
 
     expansion = 1
@@ -103,7 +114,7 @@ class BasicBlock(nn.Module):
         nn.init.zeros_(self.bn2.weight)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(_Block):
     """1x1, 3x3 and 1x1 convs, post-activation. forward(x, shortcut) as in `BasicBlock`."""
 
     expansion = 4
