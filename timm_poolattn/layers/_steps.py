@@ -2,8 +2,9 @@
 
 What autograd derives from the plain equations compares whole maps to find an extreme again, and adds up a whole map
 for each use of x. In eager training each pooling step hands x on instead, so that its gradient is one map, which the
-steps before it add to in place, and an extreme is found again by its index. Elsewhere the plain equations run, which
-are the reference in the tests: without gradients nothing would be gained, and torch.compile fuses them itself.
+steps before it add to in place, and an extreme is found again in the fastest way that the device and the layout have.
+Elsewhere the plain equations run, which are the reference in the tests: without gradients nothing would be gained, and
+torch.compile fuses them itself.
 """
 
 import torch
@@ -28,7 +29,8 @@ def max_min_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     """x (B, C, H, W) -> x, f_max, f_min (B, C): Eq. 1 of SPEM. Go on with the x that comes back."""
     if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what such an `if` alone guards
         if trains_eagerly(x):
-            return _MaxMinPool.apply(x)[:3]
+            by_index = not x.is_cpu or x.stride(1) == 1
+            return _MaxMinPool.apply(x)[:3] if by_index else _MaxMinCompare.apply(x)
     return x, x.amax((2, 3)), x.amin((2, 3))
 
 
@@ -91,17 +93,10 @@ def _own(grad: torch.Tensor) -> torch.Tensor:
 
 def _max_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest value of each map and its index in H*W, (B, C) each. x: (B, C, H, W)."""
-    b, c, h, w = x.shape
     if not x.is_cpu:
         return x.flatten(2).max(2)
-    # On CPU only max_pool2d finds indices with vector instructions, and only where channels come last:
-    if x.stride(1) == 1:
-        f, index = F.max_pool2d(x, (h, w), return_indices=True)
-        return f.flatten(1), index.flatten(1)
-    columns = x.reshape(b * c, h, 1, w).permute(0, 3, 1, 2)  # elsewhere the columns of a map can pose as channels
-    f, row = F.max_pool2d(columns, (h, 1), return_indices=True)
-    f, column = f.reshape(b, c, w).max(2)
-    return f, row.reshape(b, c, w).gather(2, column[..., None])[..., 0] * w + column
+    f, index = F.max_pool2d(x, x.shape[2:], return_indices=True)  # on CPU the only one with vector instructions
+    return f.flatten(1), index.flatten(1)
 
 
 def _conv_by_sample(mean: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -116,6 +111,8 @@ def _conv_by_sample(mean: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class _MaxMinPool(Function):
+    """Extremes with their indices. On CPU only where channels come last are they found with vector instructions."""
+
     @staticmethod
     def forward(x):
         f_max, i_max = _max_pool(x)
@@ -133,6 +130,32 @@ class _MaxMinPool(Function):
         b, c, h, w = g_x.shape
         flat = _own(g_x).reshape(b, c, h * w)
         return flat.scatter_add_(2, index, torch.stack([g_max, g_min], dim=2)).reshape(b, c, h, w)
+
+
+class _MaxMinCompare(Function):
+    """Extremes found again by comparing: four fast passes over a map against one that has no vector instructions."""
+
+    @staticmethod
+    def forward(x):
+        return x.view_as(x), x.amax((2, 3)), x.amin((2, 3))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g_x, g_max, g_min):
+        (x,) = ctx.saved_tensors
+        g_x = _own(g_x)
+        mask = torch.empty_like(x)  # of x's dtype: as booleans these passes take several times as long
+        for pool, g in ((torch.amax, g_max), (torch.amin, g_min)):
+            with torch.no_grad():
+                # not the f of the forward pass: x may have been computed again, and differ in the last bit
+                torch.eq(x, pool(x, (2, 3), keepdim=True), out=mask)
+                count = mask.sum((2, 3), dtype=torch.float32)
+            share = (g / count).to(x.dtype)[:, :, None, None]
+            g_x = g_x + mask.clone() * share if torch.is_grad_enabled() else g_x.addcmul_(mask, share)
+        return g_x
 
 
 class _ChannelMean(Function):
@@ -236,4 +259,7 @@ class _Scale(Function):
     @staticmethod
     def backward(ctx, g):
         x, v = ctx.saved_tensors
-        return g * v, (g * x).sum((2, 3), keepdim=True), g if ctx.needs_input_grad[2] else None
+        gx = g * x
+        g_v = gx.sum((2, 3), keepdim=True)
+        g_x = g * v if torch.is_grad_enabled() else torch.mul(g, v, out=gx)  # a new map costs more than its arithmetic
+        return g_x, g_v, g if ctx.needs_input_grad[2] else None

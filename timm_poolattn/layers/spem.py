@@ -29,7 +29,7 @@ class SPEM(nn.Module):
     """Channel attention from a learned mix of global max and min pooling, Eq. 1-7.
 
     Shape: (B, C, H, W) -> (B, C, H, W), any B and any H, W >= 1. Where several positions share the maximum (or the
-    minimum) of a channel, in eager mode one of them gets its gradient, in a compiled or scripted graph all alike.
+    minimum) of a channel, they share its gradient; in eager mode on a GPU or with channels last, one of them gets it.
 
     Args:
         channels: C, the channels of the input.
