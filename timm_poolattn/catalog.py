@@ -111,7 +111,7 @@ def benchmark_tables() -> str:
             '|---|---|---|---|---|---|---|---|',
         ]
         for row in result['rows']:
-            keys = [f'{kind}_cpu_to_{other}' for other in ('plain', 'authors') for kind in ('inference', 'training')]
+            keys = [f'{kind}_to_{other}' for other in ('plain', 'authors') for kind in ('inference', 'training')]
             cells = [f'{row[key]:.2f}' if key in row else '' for key in (*keys, 'peak_to_plain', 'construct_to_plain')]
             lines.append(f'| {row["model"]} | {row["mode"]} | {" | ".join(cells)} |')
         lines.append('')
@@ -126,7 +126,7 @@ def benchmark_tables() -> str:
         for row in result['rows']:
             if row['size'] < max(other['size'] for other in result['rows']):
                 continue
-            keys = [f'{kind}_cpu_to_{other}' for other in ('identity', 'se') for kind in ('forward', 'training')]
+            keys = [f'{kind}_ms_to_{other}' for other in ('identity', 'se') for kind in ('forward', 'training')]
             cells = [f'{row[key]:.1f}' for key in (*keys, 'forward_moved', 'peak_maps')]
             size = f'{row["channels"]}x{row["size"]}x{row["size"]}'
             lines.append(f'| {row["gate"]} | {size} | {row["layout"]} | {" | ".join(cells)} |')
