@@ -238,7 +238,7 @@ def test_memory_of_training():
 
 @pytest.mark.parametrize('name', ['resnet20', 'resnet20_fa', 'resnet20_saam', 'resnet83_spem', 'resnext29_fase'])
 def test_reparameterized_for_inference(name):
-    model = timm.create_model(name).eval()
+    model = timm.create_model(name)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.normal_(norm.running_mean)
@@ -246,7 +246,8 @@ def test_reparameterized_for_inference(name):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.normal_(norm.bias)
     x = torch.randn(2, 3, 32, 32)
-    folded = reparameterize_model(model)
+    folded = reparameterize_model(model).eval()  # timm's validate.py folds before eval()
+    model.eval()
     norms = [name for name, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert all(name == 'bn1' or '.shortcut.' in name for name in norms)
     with torch.no_grad():

@@ -22,7 +22,7 @@ from timm.layers import (
 from timm.layers.cbam import CbamModule
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..layers import GATES, FocusAssociation
 from ._base import Stage, StagedNet, check_gate
@@ -63,7 +63,10 @@ class _Block(nn.Module):
         for i in range(1, self.depth + 1):
             conv, norm = getattr(self, f'conv{i}'), getattr(self, f'bn{i}')
             if type(norm) is nn.BatchNorm2d:
-                setattr(self, f'conv{i}', fuse_conv_bn_eval(conv, norm))
+                statistics = norm.running_mean, norm.running_var, norm.eps
+                conv.weight, conv.bias = fuse_conv_bn_weights(
+                    conv.weight, conv.bias, *statistics, norm.weight, norm.bias
+                )
                 setattr(self, f'bn{i}', nn.Identity())
 
 
