@@ -38,7 +38,7 @@ def suite(tmp_path_factory) -> Path:
     return folder / 'test_models.py'
 
 
-def run(suite, names, timeout):
+def run(suite, names, timeout, *options):
     (suite.parent / 'pytest.ini').write_text('[pytest]\nmarkers =' + ''.join(f'\n    {m}:' for m in MARKERS))
     env = {
         **os.environ,
@@ -47,7 +47,7 @@ def run(suite, names, timeout):
     }
     # without timm's limits of seconds a test, which are for its own machines; `timeout` is for all of them
     plugins = ['-p', 'ours', '-p', 'no:cacheprovider', '-p', 'no:timeout']
-    command = [sys.executable, '-m', 'pytest', '-q', *plugins, suite.name]
+    command = [sys.executable, '-m', 'pytest', '-q', *plugins, *options, suite.name]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=suite.parent, timeout=timeout)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = int(re.search(r'(\d+) passed', done.stdout)[1])
@@ -62,4 +62,5 @@ def test_small_and_middle_sized(suite):
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_all(suite):
-    run(suite, ALL, 7200)
+    """About 100 minutes of one core."""
+    run(suite, ALL, 7200, '-n', str(os.cpu_count()))
