@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,40 +99,35 @@ def _conditions(result: dict[str, Any]) -> str:
     return f'{known}, {result["threads"]} thread{"s" if result["threads"] > 1 else ""}, float32'
 
 
+def _benchmark_table(title: str, result: dict[str, Any], columns: str, rows: Iterable[Sequence[str]]) -> str:
+    lines = [f'{title}, {_conditions(result)}:', '', columns, '|---' * (columns.count('|') - 1) + '|']
+    return '\n'.join([*lines, *(f'| {" | ".join(cells)} |' for cells in rows)])
+
+
 def benchmark_tables() -> str:
     """The benchmarks as Markdown tables, from what `poolattn bench models` and `bench gates` printed as JSON."""
     folder = Path(__file__).parent / 'benchmarks'
-    lines = []
+    tables = []
+    columns = '| model | mode | inference | training | inference, to authors | training, to authors | memory | build |'
+    keys = [f'{kind}_to_{other}' for other in ('plain', 'authors') for kind in ('inference', 'training')]
+    keys += ['peak_to_plain', 'construct_to_plain']
     for path in sorted(folder.glob('models*.json')):
         result = json.loads(path.read_text())
-        lines += [
-            f'Networks, {_conditions(result)}:',
-            '',
-            '| model | mode | inference | training | inference, to authors | training, to authors | memory | build |',
-            '|---|---|---|---|---|---|---|---|',
-        ]
-        for row in result['rows']:
-            keys = [f'{kind}_to_{other}' for other in ('plain', 'authors') for kind in ('inference', 'training')]
-            cells = [f'{row[key]:.2f}' if key in row else '' for key in (*keys, 'peak_to_plain', 'construct_to_plain')]
-            lines.append(f'| {row["model"]} | {row["mode"]} | {" | ".join(cells)} |')
-        lines.append('')
+        rows = ([r['model'], r['mode'], *(f'{r[k]:.2f}' if k in r else '' for k in keys)] for r in result['rows'])
+        tables.append(_benchmark_table('Networks', result, columns, rows))
+    columns = '| gate | map | layout | forward | training | forward, to SE | training, to SE | moved | peak |'
+    keys = [f'{kind}_ms_to_{other}' for other in ('identity', 'se') for kind in ('forward', 'training')]
+    keys += ['forward_moved', 'peak_maps']
     for path in sorted(folder.glob('gates*.json')):
         result = json.loads(path.read_text())
-        lines += [
-            f'Gates on the largest map, {_conditions(result)}:',
-            '',
-            '| gate | map | layout | forward | training | forward, to SE | training, to SE | moved | peak |',
-            '|---|---|---|---|---|---|---|---|---|',
-        ]
-        for row in result['rows']:
-            if row['size'] < max(other['size'] for other in result['rows']):
-                continue
-            keys = [f'{kind}_ms_to_{other}' for other in ('identity', 'se') for kind in ('forward', 'training')]
-            cells = [f'{row[key]:.1f}' for key in (*keys, 'forward_moved', 'peak_maps')]
-            size = f'{row["channels"]}x{row["size"]}x{row["size"]}'
-            lines.append(f'| {row["gate"]} | {size} | {row["layout"]} | {" | ".join(cells)} |')
-        lines.append('')
-    return '\n'.join(lines).rstrip()
+        largest = max(r['size'] for r in result['rows'])
+        rows = (
+            [r['gate'], f'{r["channels"]}x{r["size"]}x{r["size"]}', r['layout'], *(f'{r[k]:.1f}' for k in keys)]
+            for r in result['rows']
+            if r['size'] == largest
+        )
+        tables.append(_benchmark_table('Gates on the largest map', result, columns, rows))
+    return '\n\n'.join(tables)
 
 
 def readme_tables() -> dict[str, str]:

@@ -1,6 +1,7 @@
+from ._steps import fa_weight
 from .cbam import CBAM
 from .create_gate import GATES, create_gate
-from .focus_association import Association, Focus, FocusAssociation, fa_weight, fa_weight_unskipped
+from .focus_association import Association, Focus, FocusAssociation, fa_weight_unskipped
 from .identity_init import IdentityInit
 from .saam import SAAM
 from .sge import SGE

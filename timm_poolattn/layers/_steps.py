@@ -50,12 +50,12 @@ def spatial_mean(x: torch.Tensor) -> torch.Tensor:
     return x.mean((2, 3))
 
 
-def weight_block(x: torch.Tensor, u: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """x + (u - x) k: Eq. 9 of FA. Shapes: x, u (B, C, H, W), k (B, 1)."""
+def fa_weight(x: torch.Tensor, u: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """X_{i+1} = X_i + (U_i - X_i) k_i, Eq. 9 of FA. Shapes: x and u (B, C, H, W), k (B, 1) -> (B, C, H, W)."""
     k = k.to(x.dtype)[:, :, None, None]
     if not torch.jit.is_scripting():  # noqa: SIM102
         if trains_eagerly(u):
-            return _WeightBlock.apply(x, u, k)
+            return _FAWeight.apply(x, u, k)
     return torch.lerp(x, u, k)
 
 
@@ -187,7 +187,7 @@ class _SpatialMean(Function):
         return (g / (ctx.shape[2] * ctx.shape[3]))[:, :, None, None].expand(ctx.shape)
 
 
-class _WeightBlock(Function):
+class _FAWeight(Function):
     @staticmethod
     def forward(x, u, k):
         return torch.lerp(x, u, k)

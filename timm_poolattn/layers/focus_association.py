@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ._check import check_channels, check_rd_ratio
-from ._steps import spatial_mean, weight_block
+from ._steps import fa_weight, spatial_mean
 
 
 class Focus(nn.Module):
@@ -118,11 +118,6 @@ class FocusAssociation(nn.Module):
         if self.association is not None:
             k = self.association(torch.cat(ks + [k], dim=1))
         return k if self.alpha is None else 1 + self.alpha * (k - 1)
-
-
-def fa_weight(x: torch.Tensor, u: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """X_{i+1} = X_i + (U_i - X_i) k_i, Eq. 9. Shapes: x and u (B, C, H, W), k (B, 1) -> (B, C, H, W)."""
-    return weight_block(x, u, k)
 
 
 def fa_weight_unskipped(

@@ -15,11 +15,8 @@ class _KeptByNorm(saved_tensors_hooks):
     """Within it, x = norm(...) is not saved for backward: it is computed again from the input that the norm saves."""
 
     def __init__(self, norm: nn.BatchNorm2d, x: torch.Tensor) -> None:
-        node, address, shape = (
-            x.grad_fn,
-            x.untyped_storage()._cdata,
-            x.shape,
-        )  # not x itself, which the hooks would keep alive
+        # not x itself, which the hooks would keep alive
+        node, address, shape = x.grad_fn, x.untyped_storage()._cdata, x.shape
         uses = 0
         again: torch.Tensor | None = None
 
