@@ -5,6 +5,7 @@ import torch
 from torch.func import functional_call, grad, vmap
 
 from timm_poolattn.layers import SAAM, SPEM, FocusAssociation, _steps, fa_weight
+from timm_poolattn.models import _gated
 from timm_poolattn.models.cifar_resnet import BasicBlock
 
 from .test_equations import randomise
@@ -132,8 +133,9 @@ def test_tied_positions_share_the_gradient_or_one_gets_it(plainly, layout):
     torch.testing.assert_close(actual[~tied], expected[~tied])
 
 
+@pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('name', GATES)
-def test_per_sample_gradients(name):
+def test_per_sample_gradients(name, compiled):
     gate = randomise(GATES[name](8))
     parameters = dict(gate.named_parameters())
     x = torch.randn(3, 8, 6, 5)
@@ -141,7 +143,11 @@ def test_per_sample_gradients(name):
     def loss(parameters, sample):
         return functional_call(gate, parameters, (sample[None],)).square().sum()
 
-    together = vmap(grad(loss, argnums=(0, 1)), (None, 0))(parameters, x)
+    together = vmap(grad(loss, argnums=(0, 1)), (None, 0))
+    if compiled:
+        torch._dynamo.reset()
+        together = torch.compile(together, backend='aot_eager')
+    together = together(parameters, x)
     for i, sample in enumerate(x):
         alone = grad(loss, argnums=(0, 1))(parameters, sample)
         torch.testing.assert_close({n: g[i] for n, g in together[0].items()}, alone[0], rtol=1e-4, atol=1e-4)
@@ -189,3 +195,88 @@ def test_a_hook_sees_the_gate_without_the_shortcut():
     ((before, after),) = seen
     torch.testing.assert_close(after, block.gate._gate(before, None))
     torch.testing.assert_close(block.act2(after + x), expected)
+
+
+def block_outputs_and_gradients(block, forward, x, weights):
+    """Output without and with gradients, those of x and of the parameters, and the buffers after both."""
+    before = {name: buffer.clone() for name, buffer in block.named_buffers()}
+    x = x.detach().requires_grad_()
+    with torch.no_grad():
+        alone = forward(x, x)
+    y = forward(x, x)
+    gradients = torch.autograd.grad((y * weights).sum(), [x, *block.parameters()], allow_unused=True)
+    after = [buffer.clone() for buffer in block.buffers()]
+    block.load_state_dict(before, strict=False)
+    return [alone, y, *after, *gradients]
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('name', GATES)
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+def test_folded_norm_is_equal_to_the_norm(monkeypatch, backend, name, layout, training):
+    block = randomise(BasicBlock(8, 8, gate=GATES[name](8)).train(training))
+    assert (block.bn2.weight < 0).any()  # where the norm swaps the extremes
+    block.bn2.running_mean.normal_()
+    block.bn2.running_var.uniform_(0.5, 2.0)
+    x = LAYOUTS[layout](torch.randn(4, 8, 6, 5))
+    weights = torch.randn_like(x)
+    compiled = block
+    if backend != 'eager':
+        torch._dynamo.reset()
+        compiled = torch.compile(block, backend=backend)
+    calls = []
+    norm_affine = _gated.norm_affine
+    monkeypatch.setattr(_gated, 'norm_affine', lambda *args: (calls.append(args), norm_affine(*args))[1])
+    actual = block_outputs_and_gradients(block, compiled, x, weights)
+    assert calls
+    monkeypatch.setattr(_gated, 'folds_norm', lambda *_: False)
+    expected = block_outputs_and_gradients(block, block, x, weights)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('gate', [SPEM, SAAM])
+def test_gradcheck_of_a_folded_norm(gate):
+    block = randomise(BasicBlock(4, 4, gate=gate(4, dtype=torch.double), dtype=torch.double))
+    gate_and_norm = [*block.gate.parameters(), *block.bn2.parameters()]
+    z, shortcut = (torch.randn(2, 4, 3, 2, dtype=torch.double, requires_grad=True) for _ in range(2))
+    fn = lambda z, shortcut, *_: _gated.add_gated(block, block.bn2, z, shortcut)  # noqa: E731
+    assert torch.autograd.gradcheck(fn, (z, shortcut, *gate_and_norm))
+    assert torch.autograd.gradgradcheck(fn, (z, shortcut, *gate_and_norm), fast_mode=True)
+
+
+def test_folded_norm_loses_no_digits_far_from_zero():
+    norm = torch.nn.BatchNorm2d(2)
+    z = (torch.randn(8, 2, 9, 9) + 1000).requires_grad_()
+    expected = z.double().var((0, 2, 3), correction=0)
+    for backend in (None, 'aot_eager'):
+        fn = _steps.norm_affine if backend is None else torch.compile(_steps.norm_affine, backend=backend)
+        _, (a, _) = fn(norm, z)
+        torch.testing.assert_close(a.double(), (expected + norm.eps).rsqrt(), rtol=1e-4, atol=0)
+
+
+def test_hooks_and_other_norms_see_the_norm_called():
+    block = BasicBlock(8, 8, gate=SPEM(8))
+    x = torch.randn(2, 8, 6, 5)
+    assert _steps.folds_norm(block.bn2, x)
+    handle = block.bn2.register_forward_hook(lambda *_: None)
+    assert not _steps.folds_norm(block.bn2, x)
+    handle.remove()
+    assert not _steps.folds_norm(torch.nn.SyncBatchNorm(8), x)
+    assert not _steps.folds_norm(torch.nn.BatchNorm2d(8, momentum=None), x)
+    assert not _steps.folds_norm(block.bn2, x.bfloat16())
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        block(x[:1, :, :1, :1], x[:1, :, :1, :1])
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+def test_compiled_fa_block(backend, training):
+    block = randomise(BasicBlock(8, 8, fa=FocusAssociation(8, 1)).train(training))
+    forward = lambda x, _: fa_weight(x, block(x, x), block.fa(x, []))  # noqa: E731
+    x = torch.randn(4, 8, 6, 5)
+    weights = torch.randn_like(x)
+    expected = block_outputs_and_gradients(block, forward, x, weights)
+    torch._dynamo.reset()
+    actual = block_outputs_and_gradients(block, torch.compile(forward, backend=backend), x, weights)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)

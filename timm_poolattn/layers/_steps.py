@@ -4,13 +4,19 @@ What autograd derives from the plain equations compares whole maps to find an ex
 for each use of x. In eager training each pooling step hands x on instead, so that its gradient is one map, which the
 steps before it add to in place, and an extreme is found again in the fastest way that the device and the layout have.
 Elsewhere the plain equations run, which are the reference in the tests: without gradients nothing would be gained, and
-torch.compile fuses them itself.
+torch.compile fuses them itself, but for the comparing.
+
+A batch norm before the gate, x = a z + d, need not be written out either: extremes and means of x are those of z, and
+so is what scales it. `norm_affine` gives a and d, and the steps then take z.
 """
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.autograd import Function
 from torch.nn import functional as F
+
+#: Weights of a linear layer up to which a call of the matrix product costs more than multiplying and adding.
+_SMALL = 2048
 
 
 def runs_eagerly(x: torch.Tensor) -> bool:
@@ -25,21 +31,70 @@ def trains_eagerly(x: torch.Tensor) -> bool:
     return runs_eagerly(x) and torch.is_grad_enabled() and x.requires_grad
 
 
+def compiles() -> bool:
+    """Whether torch.compile is at work, and not torch.export."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def trains_compiled(x: torch.Tensor) -> bool:
+    """Whether torch.compile is at work, and a gradient will be asked for."""
+    if not compiles() or torch._C._are_functorch_transforms_active():
+        return False
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def folds_norm(norm: nn.Module, z: torch.Tensor) -> bool:
+    """Whether `norm_affine` can stand for norm(z), and is faster: on CPU, and for what torch.compile trains."""
+    if type(norm) is not nn.BatchNorm2d or norm._forward_hooks or norm._forward_pre_hooks:
+        return False
+    if not norm.affine or norm.running_mean is None or norm.momentum is None or z.dtype != norm.weight.dtype:
+        return False
+    if norm.training and z.numel() == z.shape[1]:
+        return False  # the norm has an error for it
+    return trains_compiled(z) or (runs_eagerly(z) and z.is_cpu and not torch.is_autocast_enabled('cpu'))
+
+
+def norm_affine(norm: nn.BatchNorm2d, z: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """z (B, C, H, W) -> z, (a, d) (C) each, so that norm(z) = a z + d. Go on with the z that comes back."""
+    mean, var = norm.running_mean, norm.running_var
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+        z, mean, var = _BatchStats.apply(z, mean, var, norm.momentum)
+    a = norm.weight * (var + norm.eps).rsqrt()
+    return z, (a, torch.addcmul(norm.bias, mean, a, value=-1))
+
+
 def max_min_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (B, C, H, W) -> x, f_max, f_min (B, C): Eq. 1 of SPEM. Go on with the x that comes back."""
-    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what such an `if` alone guards
+    if not torch.jit.is_scripting():
         if trains_eagerly(x):
             by_index = not x.is_cpu or x.stride(1) == 1
             return _MaxMinPool.apply(x)[:3] if by_index else _MaxMinCompare.apply(x)
+        if trains_compiled(x):
+            return x, *_MaxMinCompiled.apply(x)[:2]
     return x, x.amax((2, 3)), x.amin((2, 3))
 
 
-def channel_mean(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (B, C, H, W) -> x, its mean over channels (B, 1, H, W): Eq. 5 of SAAM. Go on with the x that comes back."""
-    if not torch.jit.is_scripting():  # noqa: SIM102
+def channel_mean(
+    x: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (B, C, H, W) -> x, its mean over channels (B, 1, H, W): Eq. 5 of SAAM. Go on with the x that comes back.
+
+    With `affine` = (a, d), (C) each, the mean is that of a x + d.
+    """
+    if affine is None:
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if trains_eagerly(x):
+                return _ChannelMean.apply(x)
+        return x, x.mean(1, keepdim=True)
+    a, d = affine[0] / x.shape[1], affine[1].mean()
+    if not torch.jit.is_scripting():
         if trains_eagerly(x):
-            return _ChannelMean.apply(x)
-    return x, x.mean(1, keepdim=True)
+            x, mean = _ChannelSum.apply(x, a)
+            return x, mean + d
+        if compiles():
+            return x, (x * a[:, None, None]).sum(1, keepdim=True) + d
+    return x, _channel_sum(x, a) + d
 
 
 def spatial_mean(x: torch.Tensor) -> torch.Tensor:
@@ -53,10 +108,20 @@ def spatial_mean(x: torch.Tensor) -> torch.Tensor:
 def fa_weight(x: torch.Tensor, u: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """X_{i+1} = X_i + (U_i - X_i) k_i, Eq. 9 of FA. Shapes: x and u (B, C, H, W), k (B, 1) -> (B, C, H, W)."""
     k = k.to(x.dtype)[:, :, None, None]
-    if not torch.jit.is_scripting():  # noqa: SIM102
+    if not torch.jit.is_scripting():
         if trains_eagerly(u):
             return _FAWeight.apply(x, u, k)
+        if compiles():
+            # lerp would read u three times, and a k for each sample would not share the loops of the pass before
+            return x + (u - x) * k.expand(-1, x.shape[1], -1, -1)
     return torch.lerp(x, u, k)
+
+
+def small_linear(fc: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """fc(x), x (B, C): under torch.compile as a sum, which fuses with what is around it, where a product is small."""
+    if compiles() and fc.weight.numel() <= _SMALL:
+        return (x[:, None] * fc.weight).sum(2) + fc.bias
+    return fc(x)
 
 
 def score_conv(mean: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -77,13 +142,30 @@ def weighted_pool(x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch
     return x, v.flatten(2) @ x.flatten(2).transpose(1, 2)
 
 
-def scale(x: torch.Tensor, v: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
-    """x * v, + shortcut if there is one, in one pass. Shapes: x, shortcut (B, C, H, W), v (B, C)."""
+def scale(
+    x: torch.Tensor,
+    v: torch.Tensor,
+    shortcut: torch.Tensor | None = None,
+    affine: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """x * v, + shortcut if there is one; with `affine` = (a, d), (a x + d) * v + shortcut.
+
+    Shapes: x, shortcut (B, C, H, W), v (B, C), a, d (C).
+    """
+    if affine is not None:
+        torch._assert(shortcut is not None, 'an affine map comes with a shortcut')
+        a, d = affine
+        v, bias = v * a, (v * d)[:, :, None, None]
+    else:
+        bias = None
     v = v.to(x.dtype)[:, :, None, None]
     if not torch.jit.is_scripting():  # noqa: SIM102
         if trains_eagerly(x):
-            return _Scale.apply(x, v, shortcut)
-    return x * v if shortcut is None else torch.addcmul(shortcut, x, v)
+            return _Scale.apply(x, v, bias, shortcut)
+    if shortcut is None:
+        return x * v
+    y = torch.addcmul(shortcut, x, v)
+    return y if bias is None else y.add_(bias)
 
 
 def _own(grad: torch.Tensor) -> torch.Tensor:
@@ -99,6 +181,11 @@ def _max_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return f.flatten(1), index.flatten(1)
 
 
+def _channel_sum(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """x (B, C, H, W), a (C) -> the sum over channels of a x, (B, 1, H, W)."""
+    return torch.matmul(a, x.flatten(2)).view(x.shape[0], 1, x.shape[2], x.shape[3])
+
+
 def _conv_by_sample(mean: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """conv2d(mean, weight) with the samples as the channels of a depthwise one: a third of the time on CPU, which has
     vector instructions over channels alone."""
@@ -107,7 +194,8 @@ def _conv_by_sample(mean: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.conv2d(mean, weight, padding=padding)
     b, _, h, w = mean.shape
     k = weight.shape[0]
-    return F.conv2d(mean.reshape(1, b, h, w), weight.repeat(b, 1, 1, 1), padding=padding, groups=b).view(b, k, h, w)
+    weights = weight.expand(b, *weight.shape).reshape(b * k, 1, *weight.shape[2:])
+    return F.conv2d(mean.reshape(1, b, h, w), weights, padding=padding, groups=b).view(b, k, h, w)
 
 
 class _MaxMinPool(Function):
@@ -158,6 +246,29 @@ class _MaxMinCompare(Function):
         return g_x
 
 
+class _MaxMinCompiled(Function):
+    """Extremes with their indices, for torch.compile: the backward pass reads no map, and fuses with what follows."""
+
+    @staticmethod
+    def forward(x):
+        f_max, i_max = x.flatten(2).max(2)
+        f_min, i_min = x.flatten(2).min(2)
+        return f_max, f_min, i_max.int(), i_min.int()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.shape = inputs[0].shape
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*output[2:])
+
+    @staticmethod
+    def backward(ctx, g_max, g_min, *_):
+        i_max, i_min = (i[:, :, None] for i in ctx.saved_tensors)
+        position = torch.arange(ctx.shape[2] * ctx.shape[3], dtype=torch.int32, device=i_max.device)
+        g = torch.where(position == i_max, g_max[:, :, None], 0) + torch.where(position == i_min, g_min[:, :, None], 0)
+        return g.view(ctx.shape)
+
+
 class _ChannelMean(Function):
     @staticmethod
     def forward(x):
@@ -170,6 +281,22 @@ class _ChannelMean(Function):
     @staticmethod
     def backward(ctx, g_x, g_mean):
         return _own(g_x).add_(g_mean, alpha=1 / g_x.shape[1])
+
+
+class _ChannelSum(Function):
+    @staticmethod
+    def forward(x, a):
+        return x.view_as(x), _channel_sum(x, a)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g_x, g_mean):
+        x, a = ctx.saved_tensors
+        g_a = (x.flatten(2) @ g_mean.flatten(2).transpose(1, 2)).sum((0, 2))
+        return _own(g_x).addcmul_(g_mean, a[:, None, None]), g_a
 
 
 class _SpatialMean(Function):
@@ -247,10 +374,44 @@ class _WeightedPool(Function):
         return g_x, g_v
 
 
+class _BatchStats(Function):
+    """Mean and biased variance of a batch; updates the running ones as batch_norm does."""
+
+    @staticmethod
+    def forward(x, running_mean, running_var, momentum):
+        if not torch.compiler.is_compiling():
+            return x.view_as(x), *torch.batch_norm_update_stats(x, running_mean, running_var, momentum)
+        # by maps, so that one pass finds the extremes too; shifted, so that no digits are lost where |mean| >> std
+        shift = x[:, :, :1, :1]
+        mean = (x - shift).mean((2, 3))
+        var = (x - shift).square().mean((2, 3)) - mean.square()
+        mean = mean + shift.flatten(1)
+        var, mean = (var + (mean - mean.mean(0)).square()).mean(0), mean.mean(0)
+        n = x.numel() // x.shape[1]
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * (n / (n - 1)), momentum)
+        return x.view_as(x), mean, var
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0], output[1])
+
+    @staticmethod
+    def backward(ctx, g_x, g_mean, g_var):
+        x, mean = ctx.saved_tensors
+        n = x.numel() // x.shape[1]
+        slope = g_var * (2 / n)
+        offset = g_mean / n - slope * mean
+        return _own(g_x).addcmul_(x, slope[:, None, None]).add_(offset[:, None, None]), None, None, None
+
+
 class _Scale(Function):
     @staticmethod
-    def forward(x, v, shortcut):
-        return x * v if shortcut is None else torch.addcmul(shortcut, x, v)
+    def forward(x, v, bias, shortcut):
+        if shortcut is None:
+            return x * v
+        y = torch.addcmul(shortcut, x, v)
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -262,4 +423,5 @@ class _Scale(Function):
         gx = g * x
         g_v = gx.sum((2, 3), keepdim=True)
         g_x = g * v if torch.is_grad_enabled() else torch.mul(g, v, out=gx)  # a new map costs more than its arithmetic
-        return g_x, g_v, g if ctx.needs_input_grad[2] else None
+        g_bias = g.sum((2, 3), keepdim=True) if ctx.needs_input_grad[2] else None
+        return g_x, g_v, g_bias, g if ctx.needs_input_grad[3] else None

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ._check import check_channels, check_rd_ratio
-from ._steps import fa_weight, spatial_mean
+from ._steps import fa_weight, small_linear, spatial_mean
 
 
 class Focus(nn.Module):
@@ -46,7 +46,10 @@ class Focus(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_channels(x, self.channels, 'Focus')
-        return F.sigmoid(self.fc2(F.relu(self.fc1(spatial_mean(x)))))
+        f = spatial_mean(x)  # Eq. 5
+        if torch.jit.is_scripting():
+            return F.sigmoid(self.fc2(F.relu(self.fc1(f))))
+        return F.sigmoid(small_linear(self.fc2, F.relu(small_linear(self.fc1, f))))  # Eq. 6, 7
 
 
 class Association(nn.Module):
@@ -69,7 +72,9 @@ class Association(nn.Module):
         self.fc2 = nn.Linear(expand_ratio * index, 1, **dd)  # W4, b4
 
     def forward(self, s: torch.Tensor) -> torch.Tensor:
-        return F.sigmoid(self.fc2(F.relu(self.fc1(s))))
+        if torch.jit.is_scripting():
+            return F.sigmoid(self.fc2(F.relu(self.fc1(s))))
+        return F.sigmoid(small_linear(self.fc2, F.relu(small_linear(self.fc1, s))))
 
 
 class FocusAssociation(nn.Module):

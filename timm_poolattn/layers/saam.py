@@ -73,16 +73,26 @@ class SAAM(nn.Module):
         check_channels(x, self.channels, 'SAAM')
         return self._scores(x.mean(1, keepdim=True))  # Eq. 5
 
-    def _gate(self, x: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
+    def _gate(
+        self,
+        x: torch.Tensor,
+        shortcut: torch.Tensor | None = None,
+        affine: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         check_channels(x, self.channels, 'SAAM')
-        x, mean = channel_mean(x)  # Eq. 5
+        x, mean = channel_mean(x, affine)  # Eq. 5
         x, s = weighted_pool(x, self._scores(mean).to(x.dtype))  # Eq. 4: (B, K, C)
-        r = F.sigmoid(self.fc2(F.relu(self.fc1(s))).sum(1))  # Eq. 8, 9
-        return scale(x, r, shortcut)  # Eq. 10
+        if affine is not None:
+            a, d = affine
+            s = torch.addcmul(d, s, a)  # the scores of a path sum to 1
+        r = F.sigmoid(self.fc2(F.relu(self.fc1(s)).sum(1)))  # Eq. 8, 9; fc2 is linear, so the paths' sum may go first
+        return scale(x, r, shortcut, affine)  # Eq. 10
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._gate(x, None)
+        return self._gate(x)
 
-    def forward_add(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-        """forward(x) + shortcut, with one pass less over the map."""
-        return self._gate(x, shortcut)
+    def forward_add(
+        self, x: torch.Tensor, shortcut: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """forward(x) + shortcut, or with `affine` = (a, d), (C) each, forward(a x + d) + shortcut: in fewer passes."""
+        return self._gate(x, shortcut, affine)

@@ -106,7 +106,7 @@ class SPEM(nn.Module):
             return torch.lerp(f_min, f_max, self.fixed_lambda)  # Eq. 2
         p2 = self.p.square()
         lambda_ = (p2 / p2.sum())[0]  # Eq. 3
-        return lambda_ * f_max + (1 - lambda_) * f_min  # Eq. 2
+        return torch.lerp(f_min, f_max, lambda_)  # Eq. 2
 
     def _v_rew(self, f_max: torch.Tensor, f_min: torch.Tensor) -> torch.Tensor:
         gamma, beta = self.gamma_rew, self.beta_rew
@@ -124,25 +124,36 @@ class SPEM(nn.Module):
             return F.sigmoid(gamma * f_max + beta)
         elif self.reweight == 'min':
             return F.sigmoid(gamma * f_min + beta)
-        return F.sigmoid(gamma * f_min + gamma * f_max + beta)  # Eq. 5-6
+        return F.sigmoid(torch.addcmul(beta, gamma, f_min + f_max))  # Eq. 5-6
 
-    def _gate(self, x: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
+    def _gate(
+        self,
+        x: torch.Tensor,
+        shortcut: torch.Tensor | None = None,
+        affine: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         check_channels(x, self.channels, 'SPEM')
         x, f_max, f_min = max_min_pool(x)  # Eq. 1
+        if affine is not None:
+            a, d = affine
+            f_max, f_min = torch.addcmul(d, f_max, a), torch.addcmul(d, f_min, a)
+            f_max, f_min = torch.maximum(f_max, f_min), torch.minimum(f_max, f_min)  # a < 0 swaps them
         if self.reweight == 'public':
             f_max = f_max * self.gamma_rew + self.beta_rew
             f_min = f_min * self.gamma_rew + self.beta_rew
         u = self._mix(f_max, f_min)
-        v = F.sigmoid(self.gamma_exc * u + self.beta_exc)  # v_exc, Eq. 4
+        v = F.sigmoid(torch.addcmul(self.beta_exc, self.gamma_exc, u))  # v_exc, Eq. 4
         if self.reweight == 'public':
             v = v * F.sigmoid(f_max + f_min)
         elif self.reweight != 'none':
             v = v * self._v_rew(f_max, f_min)  # Eq. 7
-        return scale(x, v, shortcut)
+        return scale(x, v, shortcut, affine)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._gate(x, None)
+        return self._gate(x)
 
-    def forward_add(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-        """forward(x) + shortcut, with one pass less over the map."""
-        return self._gate(x, shortcut)
+    def forward_add(
+        self, x: torch.Tensor, shortcut: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """forward(x) + shortcut, or with `affine` = (a, d), (C) each, forward(a x + d) + shortcut: in fewer passes."""
+        return self._gate(x, shortcut, affine)

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from ..layers import SAAM, SPEM
-from ..layers._steps import trains_eagerly
+from ..layers._steps import folds_norm, norm_affine, trains_compiled, trains_eagerly
 
 
 class _KeptByNorm(saved_tensors_hooks):
@@ -44,17 +44,26 @@ class _KeptByNorm(saved_tensors_hooks):
 
 
 def add_gated(block: nn.Module, norm: nn.Module, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-    """block.drop_path(block.gate(x)) + shortcut, where x is what `norm` gave. Shapes: (B, C, H, W)."""
+    """block.drop_path(block.gate(norm(x))) + shortcut. Shapes: (B, C, H, W)."""
     gate = block.gate
+    # a hook on the gate wants its own input and output; torch's fast paths ask in this way too
+    hooked = gate._forward_hooks or gate._forward_pre_hooks
+    adds = isinstance(gate, (SPEM, SAAM)) and isinstance(block.drop_path, nn.Identity) and not hooked
+    if adds and folds_norm(norm, x):
+        x, affine = norm_affine(norm, x)
+        return gate.forward_add(x, shortcut, affine)
+    if block.fa is not None and trains_compiled(x) and folds_norm(norm, x):
+        x, (a, d) = norm_affine(norm, x)
+        x = x * a[:, None, None] + d[:, None, None]
+    else:
+        x = norm(x)
     if isinstance(gate, nn.Identity):
         return block.drop_path(x) + shortcut
     kept = type(norm) is nn.BatchNorm2d and norm.training and trains_eagerly(x) and hasattr(x.grad_fn, '_saved_result2')
     # checkpointing, for one, saves nothing itself and lets nothing be read twice
     kept = kept and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-    # a hook on the gate wants its own output; torch's fast paths ask in this way too
-    hooked = gate._forward_hooks or gate._forward_pre_hooks
     with _KeptByNorm(norm, x) if kept else nullcontext():
-        if isinstance(gate, (SPEM, SAAM)) and isinstance(block.drop_path, nn.Identity) and not hooked:
+        if adds:
             return gate.forward_add(x, shortcut)
         x = gate(x)
     return block.drop_path(x) + shortcut

@@ -105,9 +105,9 @@ class BasicBlock(_Block):
 
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         x = self.act1(self.bn1(self.conv1(x)))
-        x = self.bn2(self.conv2(x))
+        x = self.conv2(x)
         if torch.jit.is_scripting():
-            x = self.drop_path(self.gate(x)) + shortcut
+            x = self.drop_path(self.gate(self.bn2(x))) + shortcut
         else:
             x = add_gated(self, self.bn2, x, shortcut)
         return self.act2(x)
@@ -158,9 +158,9 @@ class Bottleneck(_Block):
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.bn2(self.conv2(x)))
-        x = self.bn3(self.conv3(x))
+        x = self.conv3(x)
         if torch.jit.is_scripting():
-            x = self.drop_path(self.gate(x)) + shortcut
+            x = self.drop_path(self.gate(self.bn3(x))) + shortcut
         else:
             x = add_gated(self, self.bn3, x, shortcut)
         return self.act3(x)
