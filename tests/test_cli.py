@@ -210,11 +210,14 @@ def test_bench_gates():
     assert [(r['gate'], r['channels'], r['size'], r['layout']) for r in rows] == wanted
     for row in rows:
         if row['gate'] == 'identity':  # a copy: one map read, one written
-            assert row['forward_moved'] == 2 and row['forward_ms_to_identity'] == 1
+            assert row['forward_moved'] == 2
+            assert row['forward_ms_to_identity'] == row['forward_bandwidth_to_copy'] == 1
         if row['gate'] == 'spem':
             assert 4 <= row['forward_moved'] < 5  # two pools, scaling
             assert row['forward_to_floor'] == pytest.approx(row['forward_moved'] / 3, abs=1e-3)
             assert row['forward_ms'] > 0 and row['peak_maps'] >= 2
+            bandwidth = (3 / row['forward_ms']) / (2 / rows[rows.index(row) - 2]['forward_ms'])  # the copy's, before it
+            assert row['forward_bandwidth_to_copy'] == pytest.approx(bandwidth, rel=1e-2)
     assert {'machine', 'threads', 'torch', 'date', 'batch_size', 'repeats'} <= result.keys()
     table = run('bench', 'gates', *args, '--device', 'cpu', '--layout', 'contiguous').stdout
     assert table.splitlines()[0].startswith('machine ') and len(table.splitlines()) == 2 + len(rows) // 2

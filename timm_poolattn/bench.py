@@ -275,6 +275,8 @@ def bench_gates(
                     for reference in ('identity', 'se'):
                         ratio = _ratio(seconds[gate, mode], seconds[reference, mode], clock)
                         row[f'{kind}_{unit}_to_{reference}'] = ratio
+            maps = 2 if gate == 'identity' else FLOOR['forward']
+            row['forward_bandwidth_to_copy'] = maps / 2 / row['forward_ms_to_identity']
             row['peak_maps'] = peak_bytes(lambda module=module: training(module), device) / x.nbytes
             if mode == 'eager':
                 for kind, run in (('forward', forward), ('training', training)):

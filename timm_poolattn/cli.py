@@ -441,7 +441,8 @@ def bench_gates(device, as_json: bool, **options) -> None:
     for kind, title in (('forward', 'forward'), ('training', 'training')):
         columns |= {f'{kind}_ms': f'{title} ms', f'{kind}_ms_to_identity': 'to copy', f'{kind}_ms_to_se': 'to SE'}
         columns |= {f'{kind}_moved': 'maps moved', f'{kind}_to_floor': 'to floor'}
-    _echo_bench(result, as_json, columns | dict(peak_maps='peak maps'))
+    columns |= dict(forward_bandwidth_to_copy='GB/s to copy', peak_maps='peak maps')
+    _echo_bench(result, as_json, columns)
 
 
 @bench.command('import')

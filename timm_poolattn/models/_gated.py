@@ -54,7 +54,7 @@ def add_gated(block: nn.Module, norm: nn.Module, x: torch.Tensor, shortcut: torc
         return gate.forward_add(x, shortcut, affine)
     if block.fa is not None and trains_compiled(x) and folds_norm(norm, x):
         x, (a, d) = norm_affine(norm, x)
-        x = x * a[:, None, None] + d[:, None, None]
+        x = x * a[:, None, None] + d[:, None, None]  # fuses with all that follows up to FA's weight
     else:
         x = norm(x)
     if isinstance(gate, nn.Identity):
