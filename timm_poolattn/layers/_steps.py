@@ -45,13 +45,13 @@ def trains_compiled(x: torch.Tensor) -> bool:
 
 def folds_norm(norm: nn.Module, z: torch.Tensor) -> bool:
     """Whether `norm_affine` can stand for norm(z), and is faster: on CPU, and for what torch.compile trains."""
+    if not trains_compiled(z) and not (runs_eagerly(z) and z.is_cpu and not torch.is_autocast_enabled('cpu')):
+        return False
     if type(norm) is not nn.BatchNorm2d or norm._forward_hooks or norm._forward_pre_hooks:
         return False
     if not norm.affine or norm.running_mean is None or norm.momentum is None or z.dtype != norm.weight.dtype:
         return False
-    if norm.training and z.numel() == z.shape[1]:
-        return False  # the norm has an error for it
-    return trains_compiled(z) or (runs_eagerly(z) and z.is_cpu and not torch.is_autocast_enabled('cpu'))
+    return not norm.training or z.numel() > z.shape[1]  # the norm has an error for a single value
 
 
 def norm_affine(norm: nn.BatchNorm2d, z: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
