@@ -209,6 +209,7 @@ def bench_gates(
         - medians `forward_ms` and `training_ms` (forward and backward), with `_to_identity` and `_to_se`, medians over
           the turns of their ratio to those gates; and likewise `_cpu` in place of `_ms`, by the time that the process
           spent on all its threads, which a busy machine disturbs less;
+        - `forward_bandwidth_to_copy`, the maps of `FLOOR` over the time, relative to what the copy moves over its own;
         - `peak_maps`, the memory that training needs at most beyond its input and its gradient at the output, in maps;
         - `forward_moved` and `training_moved`, what the operations read and wrote, in maps (see `bytes_moved`), and
           `forward_to_floor` and `training_to_floor`, over `FLOOR`. Eager only.

@@ -43,11 +43,17 @@ def trains_compiled(x: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether a hook wants this module called, with its own input and output. torch's fast paths ask in this way."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(len(h) > 0 for h in hooks)
+
+
 def folds_norm(norm: nn.Module, z: torch.Tensor) -> bool:
     """Whether `norm_affine` can stand for norm(z), and is faster: on CPU, and for what torch.compile trains."""
     if not trains_compiled(z) and not (runs_eagerly(z) and z.is_cpu and not torch.is_autocast_enabled('cpu')):
         return False
-    if type(norm) is not nn.BatchNorm2d or norm._forward_hooks or norm._forward_pre_hooks:
+    if type(norm) is not nn.BatchNorm2d or hooked(norm):
         return False
     if not norm.affine or norm.running_mean is None or norm.momentum is None or z.dtype != norm.weight.dtype:
         return False

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from ..layers import SAAM, SPEM
-from ..layers._steps import folds_norm, norm_affine, trains_compiled, trains_eagerly
+from ..layers._steps import folds_norm, hooked, norm_affine, trains_compiled, trains_eagerly
 
 
 class _KeptByNorm(saved_tensors_hooks):
@@ -46,9 +46,7 @@ class _KeptByNorm(saved_tensors_hooks):
 def add_gated(block: nn.Module, norm: nn.Module, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
     """block.drop_path(block.gate(norm(x))) + shortcut. Shapes: (B, C, H, W)."""
     gate = block.gate
-    # a hook on the gate wants its own input and output; torch's fast paths ask in this way too
-    hooked = gate._forward_hooks or gate._forward_pre_hooks
-    adds = isinstance(gate, (SPEM, SAAM)) and isinstance(block.drop_path, nn.Identity) and not hooked
+    adds = isinstance(gate, (SPEM, SAAM)) and isinstance(block.drop_path, nn.Identity) and not hooked(gate)
     if adds and folds_norm(norm, x):
         x, affine = norm_affine(norm, x)
         return gate.forward_add(x, shortcut, affine)
