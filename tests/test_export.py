@@ -97,7 +97,7 @@ class TestCommand:
     def test_writes_what_it_says(self, tmp_path):
         """In a process of its own: torch's exporters print and warn."""
         out = tmp_path / 'new' / 'model.onnx'
-        command = [sys.executable, '-m', 'timm_poolattn.cli', 'export', '--format', 'onnx', 'resnet20_saam', str(out)]
+        command = [sys.executable, '-m', 'timm_poolattn', 'export', '--format', 'onnx', 'resnet20_saam', str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout.startswith(f'wrote {out}: resnet20_saam, ') and len(done.stdout.splitlines()) == 1
         assert [p.name for p in out.parent.iterdir()] == ['model.onnx']

@@ -1,10 +1,9 @@
 """Pooling-based attention for timm. Importing the package registers its models with timm's factory."""
 
-from .insert import insert, remove
 from .layers import CBAM, SAAM, SGE, SPEM, SRM, Association, Focus, FocusAssociation, create_gate
-from .models import CifarInceptionV4, CifarResNet, CifarVgg, FaResNet, GatedResNet, set_skip_threshold
+from .models import CifarInceptionV4, CifarResNet, CifarVgg, FaResNet, GatedResNet, insert, remove, set_skip_threshold
+from .version import __version__ as __version__
 
-__version__ = '0.1.0'
 __all__ = [
     'CBAM',
     'SAAM',

@@ -44,7 +44,7 @@ from tqdm import tqdm
 import timm_poolattn  # noqa: F401  registers the models
 from timm_poolattn.data import load_images
 from timm_poolattn.models import hub_configs_dir
-from timm_poolattn.papers import RESULTS_DIR, load_results
+from timm_poolattn.report.results import RESULTS_DIR, load_results
 from timm_poolattn.training import newest_checkpoint, read_summary, recipes
 
 HERE = Path(__file__).parent
@@ -78,7 +78,7 @@ class Run:
 
     def commands(self, data_root: Path, device: str) -> Iterator[list[str]]:
         """What is left to do, each to be run when the one before it has succeeded."""
-        poolattn = [sys.executable, '-m', 'timm_poolattn.cli']
+        poolattn = [sys.executable, '-m', 'timm_poolattn']
         name, start = f'{self.model}.{self.data}', self.folder / 'warm-start.safetensors'
         checkpoint = newest_checkpoint(self.folder)
         begin = ['--resume', str(checkpoint)] if checkpoint else []

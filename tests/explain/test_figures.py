@@ -10,7 +10,7 @@ from PIL import Image
 import timm_poolattn
 from timm_poolattn.explain.figures import explain, explain_figure, grad_cam, save
 
-from ..test_cli import fails, run
+from ..cli.test_cli import fails, run
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 from safetensors.torch import load_file, save_file
 
-from timm_poolattn.hub.release import seal
+from timm_poolattn.hub.releases import seal
 from timm_poolattn.models import released
 
 from .server import HubServer

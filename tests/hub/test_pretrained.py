@@ -7,12 +7,11 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from timm_poolattn.catalog import multiply_adds
 from timm_poolattn.data import load_images
 from timm_poolattn.hub import model_card, verify
 from timm_poolattn.inference import evaluate, load_pretrained, predict
-from timm_poolattn.models import DATASETS, released
-from timm_poolattn.papers import model_args, table_rows
+from timm_poolattn.models import multiply_adds, released
+from timm_poolattn.papers import DATASETS, model_args, table_rows
 
 RELEASED = released()
 EMBEDDED = ['resnet20_fa.cifar10', 'resnet20_saam.cifar10', 'resnet20_spem.cifar10']

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 
 from timm_poolattn.cli import main
-from timm_poolattn.hub.release import seal
+from timm_poolattn.hub.releases import seal
 from timm_poolattn.inference import load_pretrained
 from timm_poolattn.models import HubError
 
 from .conftest import NAME, TOKEN
-from .test_verify import Evil
+from .test_verification import Evil
 
 BY_NAME = dict(pretrained_cfg_overlay=dict(file='', hf_hub_id=f'org/{NAME}'))  # as in a wheel without the weights
 

@@ -6,9 +6,10 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_poolattn import CifarResNet
-from timm_poolattn.bench import peak_bytes
+from timm_poolattn.bench.networks import peak_bytes
 from timm_poolattn.layers import GATES, REWEIGHT_FORMS, _steps
-from timm_poolattn.models import DATASETS, _gated
+from timm_poolattn.models import _gated
+from timm_poolattn.papers import DATASETS
 
 NAMES = timm.list_models(module='cifar_resnet')
 

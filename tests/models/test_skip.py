@@ -5,7 +5,8 @@ import timm
 import torch
 
 from timm_poolattn.layers import FocusAssociation, fa_weight
-from timm_poolattn.models import _base, cifar_vgg
+from timm_poolattn.models import _stage as _base
+from timm_poolattn.models import cifar_vgg
 
 X = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 X *= torch.arange(1, 7).view(6, 1, 1, 1)

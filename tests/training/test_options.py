@@ -10,7 +10,7 @@ import yaml
 from timm.utils import NativeScaler
 
 from timm_poolattn.training import PenaltyTask, read_summary, train
-from timm_poolattn.training.train import recipes
+from timm_poolattn.training.runner import recipes
 
 HELD = '40 images of 32x32 held on cpu'
 

@@ -5,8 +5,8 @@ from threading import Thread
 import pytest
 import timm
 
-from timm_poolattn.data import cache_dir
 from timm_poolattn.training import find_train_script, timm_script
+from timm_poolattn.utils import cache_dir
 
 SCRIPT = b'# a train.py\n'
 

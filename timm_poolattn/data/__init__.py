@@ -1,4 +1,4 @@
+from .images import ImageData, list_classes, load_images
 from .loader import BatchErasing, ResidentDataset, ResidentLoader
-from .source import ImageData, cache_dir, list_classes, load_images
 
-__all__ = ['BatchErasing', 'ImageData', 'ResidentDataset', 'ResidentLoader', 'cache_dir', 'list_classes', 'load_images']
+__all__ = ['BatchErasing', 'ImageData', 'ResidentDataset', 'ResidentLoader', 'list_classes', 'load_images']

@@ -8,7 +8,7 @@ import torch
 from timm.data import Mixup
 from torch.nn import functional as F
 
-from .source import ImageData
+from .images import ImageData
 
 
 class ResidentDataset:

@@ -1,3 +1,3 @@
-from .trace import attention_trace
+from .attention import attention_trace
 
 __all__ = ['attention_trace']

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..inference import class_names, load_pretrained, read_image
-from .trace import attention_trace, block_label, evaluating, find_gates
+from .attention import attention_trace, block_label, evaluating, find_gates
 
 Trace = dict[str, dict[str, Any]]
 

@@ -8,7 +8,7 @@ from timm.layers.cbam import ChannelAttn
 from torch import nn
 from torch.nn import functional as F
 
-from ._check import check_channels, check_rd_ratio
+from .arguments import check_channels, check_rd_ratio
 
 
 class CBAM(nn.Module):

@@ -4,7 +4,7 @@ from timm.layers import EcaModule, SEModule, create_attn
 from timm.layers.cbam import ChannelAttn
 from torch import nn
 
-from ._check import check_rd_ratio
+from .arguments import check_rd_ratio
 from .cbam import CBAM
 from .identity_init import IdentityInit
 from .saam import SAAM

@@ -15,8 +15,8 @@ from timm.layers import make_divisible
 from torch import nn
 from torch.nn import functional as F
 
-from ._check import check_channels, check_rd_ratio
 from ._steps import fa_weight, small_linear, spatial_mean
+from .arguments import check_channels, check_rd_ratio
 
 
 class Focus(nn.Module):

@@ -9,8 +9,8 @@ from timm.layers import make_divisible
 from torch import nn
 from torch.nn import functional as F
 
-from ._check import check_channels, check_rd_ratio
 from ._steps import channel_mean, scale, score_conv, weighted_pool
+from .arguments import check_channels, check_rd_ratio
 
 
 class SAAM(nn.Module):

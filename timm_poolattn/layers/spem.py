@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ._check import check_channels
 from ._steps import max_min_pool, scale
+from .arguments import check_channels
 
 #: Ways to build v_rew: Eq. 5-6, rows a-g of Table 4, its last row, and the authors' published code.
 REWEIGHT_FORMS = (

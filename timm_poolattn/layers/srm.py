@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ._check import check_channels
+from .arguments import check_channels
 
 
 class SRM(nn.Module):

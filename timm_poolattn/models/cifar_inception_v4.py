@@ -27,8 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..layers import GATES, FocusAssociation
-from ._base import Stage, StagedNet, check_gate
-from ._cfg import read_default_cfgs, register_models
+from ._registry import read_default_cfgs, register_models
+from ._stage import Stage, StagedNet, check_gate
 
 __all__ = ['CifarInceptionV4']
 

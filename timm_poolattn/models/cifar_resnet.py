@@ -25,9 +25,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..layers import GATES, FocusAssociation
-from ._base import Stage, StagedNet, check_gate
-from ._cfg import read_default_cfgs, register_models
 from ._gated import add_gated
+from ._registry import read_default_cfgs, register_models
+from ._stage import Stage, StagedNet, check_gate
 
 __all__ = ['CifarResNet']
 

@@ -3,7 +3,7 @@
 Paper: `Aggregated Residual Transformations for Deep Neural Networks` - https://arxiv.org/abs/1611.05431
 """
 
-from ._cfg import read_default_cfgs, register_models
+from ._registry import read_default_cfgs, register_models
 from .cifar_resnet import create_cifar_resnet
 
 __all__ = []

@@ -14,8 +14,8 @@ from timm.models import build_model_with_cfg, checkpoint
 from torch import nn
 
 from ..layers import GATES, FocusAssociation, fa_weight, fa_weight_unskipped
-from ._base import StagedNet, check_gate
-from ._cfg import read_default_cfgs, register_models
+from ._registry import read_default_cfgs, register_models
+from ._stage import StagedNet, check_gate
 
 __all__ = ['CifarVgg']
 

@@ -17,8 +17,8 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from ..layers import GATES, FocusAssociation, create_gate
-from ._base import Stage, check_gate, set_skip_threshold
-from ._cfg import register_models
+from ._registry import register_models
+from ._stage import Stage, check_gate, set_skip_threshold
 
 __all__ = ['FaResNet', 'GatedResNet']
 

@@ -1,9 +1,9 @@
-from .finetune import Finetuned, finetune
-from .guard import RunStopped, newest_checkpoint
-from .task import PenaltyTask, with_penalty
+from .finetuning import Finetuned, finetune
+from .penalty import PenaltyTask, with_penalty
+from .recovery import RunStopped, newest_checkpoint
+from .runner import read_summary, recipes, train
 from .timm_script import find_train_script
-from .train import read_summary, recipes, train
-from .warm_start import warm_start
+from .warm_starts import warm_start
 
 __all__ = [
     'Finetuned',

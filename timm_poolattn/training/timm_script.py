@@ -12,7 +12,7 @@ from types import ModuleType
 import timm
 import torch
 
-from ..data import cache_dir
+from ..utils import cache_dir
 
 _logger = logging.getLogger(__name__)
 

@@ -1,0 +1,258 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from timm_poolattn.cli import main
+from timm_poolattn.models import released
+from timm_poolattn.report import catalog
+from timm_poolattn.report.catalog import benchmark_tables, list_models, markdown_table, readme_tables
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def fails(*args):
+    """The one line that a user's mistake ends in."""
+    result = run(*args, code=2)
+    assert result.output.startswith('Error: ') and result.output.count('\n') == 1, result.output
+    return result.output
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A model folder in timm's format (local-dir:...) that takes cats for dark, dogs for bright."""
+    from timm.models import save_for_hf
+
+    model = timm.create_model('resnet20_saam', num_classes=2)
+    save_for_hf(model, tmp_path / 'model', model_config=dict(label_names=['cat', 'dog']), safe_serialization=True)
+    return f'local-dir:{tmp_path / "model"}'
+
+
+class TestList:
+    def test_filter(self):
+        rows = json.loads(run('list', 'resnet20_*a*m*', '--json').stdout)
+        assert [r['model'] for r in rows] == ['resnet20_cbam', 'resnet20_saam', 'resnet20_saam2', 'resnet20_saam4']
+        assert [r['gate'] for r in rows] == ['cbam', 'saam', 'saam2', 'saam4']
+        assert rows[1]['parameters'] == 281051
+
+    def test_table(self):
+        lines = run('list', 'resnet20_saam').output.splitlines()
+        assert lines[0].split() == ['model', 'family', 'gate', 'parameters', 'Mmult-adds', 'top-1', '(%)']
+        assert lines[1].split()[:5] == ['resnet20_saam', 'cifar_resnet', 'saam', '281,051', '41.18']
+
+    def test_multiply_adds(self):
+        """What a module adds is what the SAAM paper's FLOPs column says: 0.01 SE, 0.11 SAAM, 0.21 CBAM (in 10^6)."""
+        rows = {r['gate']: r['multiply_adds'] for r in list_models('resnet20*')}
+        added = {gate: (rows[gate] - rows[None]) / 1e6 for gate in ('se', 'saam', 'cbam')}
+        assert added == pytest.approx(dict(se=0.01, saam=0.11, cbam=0.21), abs=0.01)
+
+    def test_multiply_adds_of_a_plain_network(self):
+        """The stem, 3 stages of 3 blocks of 2 convs, 2 projections (SAAM's 3, stage 1 too), and the classifier."""
+        at = {16: 32 * 32, 32: 16 * 16, 64: 8 * 8}
+        convs = sum(9 * (c // (2 if i == 0 and c > 16 else 1)) * c * at[c] for c in at for i in range(6))
+        shortcuts = 16 * 16 * at[16] + 16 * 32 * at[32] + 32 * 64 * at[64]
+        assert list_models('resnet20')[0]['multiply_adds'] == 27 * 16 * at[16] + convs + shortcuts + 640
+
+    def test_counts_are_kept(self, monkeypatch):
+        rows = list_models('resnet20_s*')
+        monkeypatch.setattr(catalog, 'multiply_adds', None)
+        assert list_models('resnet20_s*') == rows and list_models('resnet20_saam') == rows[:1]
+
+    def test_gates_and_families(self):
+        rows = {r['model']: (r['family'], r['gate']) for r in list_models('*v*19*') + list_models('inception*fa')}
+        assert rows['inception_v4_fa'] == ('cifar_inception_v4', 'fa')
+        assert rows['cifar_vgg19'] == ('cifar_vgg', None)
+
+    def test_no_match(self):
+        assert "no model matches 'alexnet'" in fails('list', 'alexnet')
+
+    def test_rows_follow_the_registry(self):
+        assert [r['model'] for r in list_models('*20*')] == timm.list_models('*20*', module='cifar_resnet')
+
+
+class TestPredict:
+    @pytest.mark.parametrize(
+        'mode, size, suffix',
+        [('RGB', (32, 32), 'png'), ('L', (500, 20), 'png'), ('P', (3, 90), 'gif'), ('RGBA', (1, 1), 'png')]
+        + [('CMYK', (64, 48), 'jpg'), ('1', (40, 40), 'bmp'), ('I;16', (33, 35), 'png'), ('LA', (9, 9), 'png')],
+    )
+    def test_any_size_and_mode(self, trained, tmp_path, mode, size, suffix):
+        path = tmp_path / f'image.{suffix}'
+        Image.new(mode, size).save(path)
+        (result,) = json.loads(run('predict', path, '--model', trained, '--json').stdout)
+        assert result['image'] == str(path)
+        assert sorted(p['label'] for p in result['predictions']) == ['cat', 'dog']
+        assert sum(p['probability'] for p in result['predictions']) == pytest.approx(1)
+        assert result['predictions'][0]['probability'] >= 0.5
+
+    def test_prints_classes(self, trained, image_folder):
+        images = [image_folder / 'test' / 'cat' / f'{i}.png' for i in range(2)]
+        lines = run('predict', *images, '--model', trained, '--topk', 1).output.splitlines()
+        assert lines[0] == str(images[0]) and lines[1].split()[1] in ('cat', 'dog') and len(lines) == 4
+
+    def test_is_the_models_softmax(self, trained, image_folder):
+        path = image_folder / 'test' / 'cat' / '0.png'
+        model = timm.create_model(trained, pretrained=True).eval()
+        pixels = torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(model.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean', 'std'))
+        expected = model(((pixels - mean) / std)[None]).softmax(1).max().item()
+        (result,) = json.loads(run('predict', path, '--model', trained, '--json').stdout)
+        assert result['predictions'][0]['probability'] == pytest.approx(expected, rel=1e-4)
+
+    def test_mistakes(self, trained, tmp_path):
+        (tmp_path / 'text.jpg').write_text('no image')
+        (tmp_path / 'folder.jpg').mkdir()
+        assert 'nowhere.png: no such file' in fails('predict', 'nowhere.png', '--model', trained)
+        assert 'cannot be read as an image (not an image)' in fails(
+            'predict', tmp_path / 'text.jpg', '--model', trained
+        )
+        assert 'cannot be read as an image' in fails('predict', tmp_path / 'folder.jpg', '--model', trained)
+        assert 'nearest: resnet20_saam' in fails('predict', 'a.png', '--model', 'resnet20_sam')
+        assert 'unknown model' in fails('predict', 'a.png', '--model', 'resnet20_saam.cifar1000')
+        assert 'resnet326_srm has no weights yet' in fails('predict', 'a.png', '--model', 'resnet326_srm')
+        assert 'no image given' in fails('predict')
+        assert 'no-such-folder' in fails('predict', 'a.png', '--model', 'local-dir:no-such-folder')
+
+    def test_no_traceback_in_a_real_process(self):
+        command = [sys.executable, '-m', 'timm_poolattn', 'predict', 'nowhere.png', '--model', 'resnet20_sam']
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith('Error: unknown model') and not done.stdout
+        assert len(done.stderr.splitlines()) == 1
+
+
+class TestValidate:
+    def test_accuracy(self, trained, image_folder):
+        result = json.loads(run('validate', '--model', trained, '--data-dir', image_folder, '--json').stdout)
+        model = timm.create_model(trained, pretrained=True).eval()
+        hits = 0
+        mean, std = (torch.tensor(model.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean', 'std'))
+        for target, name in enumerate(('cat', 'dog')):
+            for path in (image_folder / 'test' / name).iterdir():
+                pixels = torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1).float() / 255
+                hits += int(model(((pixels - mean) / std)[None]).argmax() == target)
+        assert result['top1'] == 100 * hits / 8 and result['top5'] == 100 and result['images'] == 8
+
+    def test_classes_are_matched_by_name(self, trained, image_folder):
+        (image_folder / 'test' / 'cat').rename(image_folder / 'cat')
+        only_dogs = json.loads(run('validate', '--model', trained, '--data-dir', image_folder, '--json').stdout)
+        (image_folder / 'test' / 'dog').rename(image_folder / 'test' / 'cat')
+        as_cats = json.loads(run('validate', '--model', trained, '--data-dir', image_folder, '--json').stdout)
+        assert only_dogs['top1'] + as_cats['top1'] == 100
+
+    def test_mistakes(self, trained, image_folder):
+        assert 'no split' in fails('validate', '--model', trained, '--data-dir', image_folder, '--split', 'x')
+        (image_folder / 'test' / 'dog').rename(image_folder / 'test' / 'horse')
+        assert 'not trained on the classes horse' in fails('validate', '--model', trained, '--data-dir', image_folder)
+
+
+class TestReadmeTable:
+    def test_is_generated_from_results(self):
+        table = markdown_table()
+        for name, folder in released().items():
+            top1 = json.loads((folder / 'results.json').read_text())['test']['top1']
+            assert f'| `{name}` |' in table and f'| {top1:.2f} |' in table
+
+    def test_the_repositorys_are_up_to_date(self):
+        text = (Path(__file__).parents[2] / 'README.md').read_text()
+        for start, table in readme_tables().items():
+            assert f'{start}\n{table}\n' in text
+
+    def test_benchmarks_are_those_of_the_json(self):
+        table = benchmark_tables()
+        for path in (Path(__file__).parents[2] / 'timm_poolattn' / 'bench' / 'results').glob('*.json'):
+            result = json.loads(path.read_text())
+            assert result['date'] in table and result['torch'] in table
+            for row in result['rows']:
+                assert f'| {row["gate" if "gate" in row else "model"]} |' in table
+
+    def test_writes_between_its_marks_alone(self, tmp_path):
+        path = tmp_path / 'README.md'
+        start, table = next(iter(readme_tables().items()))
+        end = table.splitlines()[-1]
+        path.write_text(f'before\n{start}\nold\n{end}\nafter\n')
+        run('readme', path)
+        assert path.read_text() == f'before\n{start}\n{table}\nafter\n'
+        for text in ('no marks', f'{start}\nno end'):
+            path.write_text(text)
+            assert 'needs' in fails('readme', path)
+            assert path.read_text() == text
+
+
+def test_train_without_script(monkeypatch, tmp_path):
+    (tmp_path / 'work').mkdir()
+    monkeypatch.chdir(tmp_path / 'work')
+    monkeypatch.setenv('TIMM_TRAIN_SCRIPT', 'nowhere.py')
+    assert 'Three ways to get it' in fails('train', '--model', 'resnet20_saam')
+
+
+def test_bench_import():
+    result = json.loads(run('bench', 'import', '--runs', 1, '--json').stdout)
+    assert result.keys() == {'timm_ms', 'timm_poolattn_ms', 'ratio'} and all(v > 0 for v in result.values())
+
+
+def test_bench_gates():
+    args = ('--model', 'resnet20', '--gate', 'spem', '--dtype', 'float32', '--batch-size', 2, '--repeats', 1)
+    result = json.loads(run('bench', 'gates', *args, '--device', 'cpu', '--json').stdout)
+    rows = result['rows']
+    sizes = [(16, 32), (32, 16), (64, 8)]
+    wanted = [(g, *s, f) for f in ('contiguous', 'channels_last') for s in sizes for g in ('identity', 'se', 'spem')]
+    assert [(r['gate'], r['channels'], r['size'], r['layout']) for r in rows] == wanted
+    for row in rows:
+        if row['gate'] == 'identity':  # a copy: one map read, one written
+            assert row['forward_moved'] == 2
+            assert row['forward_ms_to_identity'] == row['forward_bandwidth_to_copy'] == 1
+        if row['gate'] == 'spem':
+            assert 4 <= row['forward_moved'] < 5  # two pools, scaling
+            assert row['forward_to_floor'] == pytest.approx(row['forward_moved'] / 3, abs=1e-3)
+            assert row['forward_ms'] > 0 and row['peak_maps'] >= 2
+            bandwidth = (3 / row['forward_ms']) / (2 / rows[rows.index(row) - 2]['forward_ms'])  # the copy's, before it
+            assert row['forward_bandwidth_to_copy'] == pytest.approx(bandwidth, rel=1e-2)
+    assert {'machine', 'threads', 'torch', 'date', 'batch_size', 'repeats'} <= result.keys()
+    table = run('bench', 'gates', *args, '--device', 'cpu', '--layout', 'contiguous').stdout
+    assert table.splitlines()[0].startswith('machine ') and len(table.splitlines()) == 2 + len(rows) // 2
+    assert "unknown gate 'foo'" in fails('bench', 'gates', '--gate', 'foo')
+
+
+def test_bench_models(tmp_path):
+    args = ('--model', 'resnet20_spem', '--batch-size', 2, '--memory-batch-size', 4, '--repeats', 1, '--device', 'cpu')
+    plain, spem = json.loads(run('bench', 'models', *args, '--json').stdout)['rows']
+    assert (plain['model'], spem['model']) == ('resnet20', 'resnet20_spem')
+    assert spem['parameters'] - plain['parameters'] == sum(3 * (4 * c + 2) for c in (16, 32, 64))
+    assert plain['training_to_plain'] == plain['peak_to_plain'] == 1
+    assert spem['inference_images_per_s'] > 0 and 0.9 < spem['peak_to_plain'] < 1.1
+    rows = json.loads(run('bench', 'models', *args, '--reparameterize', '--json').stdout)['rows']
+    assert [row['mode'] for row in rows] == ['eager', 'eager', 'reparameterized', 'reparameterized']
+    assert rows[3]['inference_to_plain'] > 0 and 'training_to_plain' not in rows[3]
+    failure = fails('bench', 'models', '--model', 'resnet164_spem', '--repeats', 1, '--spem-authors', tmp_path)
+    assert '--spem-authors takes a checkout' in failure
+
+
+def test_bench_skip(image_folder, tmp_path, trained):
+    from timm.models import save_for_hf
+
+    model = timm.create_model('resnet20_fa', num_classes=2)
+    labels = dict(label_names=['cat', 'dog'])
+    save_for_hf(model, tmp_path / 'fa', model_config=labels, safe_serialization=True)
+    name = f'local-dir:{tmp_path / "fa"}'
+    rows = json.loads(run('bench', 'skip', '--model', name, '--data-dir', image_folder, '--json').stdout)
+    assert [r['threshold'] for r in rows][:2] == [0.0, 0.1]
+    assert rows[0]['blocks_run'] == 1 and rows[0]['speedup'] == 1
+    assert rows[-1]['blocks_run'] == pytest.approx(1 / 9)  # an untrained k lies far below 0.9: all but block 0 go
+    validated = json.loads(run('validate', '--model', name, '--data-dir', image_folder, '--json').stdout)
+    assert rows[0]['top1'] == validated['top1']
+    assert 'no FA gates' in fails('bench', 'skip', '--model', trained, '--data-dir', image_folder)
+
+
+def test_help():
+    assert 'list' in run('-h').output and 'timm' in run('train', '--help').output

@@ -1,0 +1,256 @@
+import csv
+import hashlib
+import json
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub._eval_results import parse_eval_result_entries
+from safetensors import safe_open
+from safetensors.torch import load_file
+from timm.utils import CheckpointSaver
+
+import timm_poolattn
+from timm_poolattn.data import load_images
+from timm_poolattn.hub import model_card, release
+from timm_poolattn.hub.card import GATE_NOTES
+from timm_poolattn.inference import evaluate
+from timm_poolattn.models import FAMILIES, multiply_adds
+from timm_poolattn.papers import paper_top1
+from timm_poolattn.training.timm_script import load_train_script
+
+FILES = ['.eval_results/cifar10.yaml', 'README.md', 'config.json', 'model.safetensors', 'results.json']
+
+
+@pytest.fixture
+def run_dir(tmp_path, image_folder):
+    """What `poolattn train` leaves, the checkpoint written by timm's own saver."""
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    args = dict(model='resnet20_saam', num_classes=2, model_kwargs={}, mean=None, std=None, dataset='')
+    args.update(data_dir=str(image_folder), val_split='test')
+    run = dict(
+        recipe='saam',
+        arguments=dict(model='resnet20_saam', lr=0.1, opt_kwargs=dict(ns_steps=3)),
+        seed=7,
+        options=dict(resident=True, crop_padding=2, penalty_weight=0.0),
+        versions=dict(timm='x'),
+        hardware='a CPU',
+        wall_time_s=120,
+    )
+    (folder / 'run.json').write_text(json.dumps(run))
+    (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    model = timm.create_model('resnet20_saam', num_classes=2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    saver = CheckpointSaver(model, optimizer, Namespace(**args), checkpoint_dir=folder, recovery_dir=folder)
+    saver.save_checkpoint(0, 50.0)
+    for p in model.parameters():
+        p.data.add_(0.01)
+    saver.save_checkpoint(1, 40.0)
+    rows = [dict(epoch=0, train_loss=0.7, eval_top1=50.0), dict(epoch=1, train_loss=0.6, eval_top1=40.0)]
+    with open(folder / 'summary.csv', 'w', newline='') as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder, model
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file())
+
+
+def test_release_folder(run_dir, tmp_path, image_folder):
+    run_dir, model = run_dir
+    out = tmp_path / 'hub_configs'
+    folder = release(run_dir, 'cifar10', out=out)
+    assert folder == out / 'resnet20_saam.cifar10' and files(folder) == FILES
+    weights = load_file(folder / 'model.safetensors')
+    assert weights.keys() == model.state_dict().keys()
+    assert all(w.equal(weights[k]) for k, w in model.state_dict().items())  # the last epoch's, not the best's
+
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert loaded.pretrained_cfg['label_names'] == ['cat', 'dog'] and loaded.num_classes == 2
+    results = json.loads((folder / 'results.json').read_text())
+    assert results['test'] == evaluate(loaded, load_images(image_folder, 'test'))
+    assert results['test'].keys() == {'top1', 'top5', 'loss', 'ece', 'images'}
+    assert (results['last_epoch_top1'], results['best_top1'], results['best_epoch']) == (40, 50, 0)
+    assert results['checkpoint'] == dict(which='last', epoch=1, ema=False)
+    assert (results['epochs'], results['seed'], results['hardware'], results['recipe']) == (2, 7, 'a CPU', 'saam')
+    assert results['parameters'] == sum(p.numel() for p in model.parameters())
+    assert results['multiply_adds'] == multiply_adds(model) and results['gate'] == 'saam'
+    assert [row['train_loss'] for row in results['curve']] == [0.7, 0.6]
+    text = ''.join((folder / name).read_text() for name in FILES if not name.endswith('.safetensors'))
+    assert str(tmp_path) not in text
+
+
+def test_metadata_and_hashes(run_dir, tmp_path):
+    folder = release(run_dir[0], 'cifar10', out=tmp_path / 'hub_configs')
+    results = json.loads((folder / 'results.json').read_text())
+    file = (folder / 'model.safetensors').read_bytes()
+    data = file[8 + int.from_bytes(file[:8], 'little') :]
+    assert results['weights']['sha256'] == hashlib.sha256(file).hexdigest()
+    with safe_open(folder / 'model.safetensors', 'pt') as f:
+        metadata = f.metadata()
+    root = Path(__file__).parents[2]
+    head = subprocess.run(['git', '-C', root, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    assert metadata.pop('git_commit').removesuffix('-dirty') == head  # '' outside a checkout
+    assert metadata == dict(
+        format='pt',
+        architecture='resnet20_saam',
+        tag='cifar10',
+        data_sha256=hashlib.sha256(data).hexdigest(),
+        timm_poolattn=timm_poolattn.__version__,
+    )
+    assert metadata['data_sha256'] == results['weights']['data_sha256']
+    release(run_dir[0], 'cifar10', out=tmp_path / 'again')
+    assert (tmp_path / 'again' / folder.name / 'model.safetensors').read_bytes() == file
+
+
+def test_best_checkpoint_and_moving_average(run_dir, tmp_path):
+    run_dir, model = run_dir
+    folder = release(run_dir, 'cifar10', checkpoint='best', out=tmp_path / 'best')
+    best = load_file(folder / 'model.safetensors')
+    torch.testing.assert_close(best['conv1.weight'], model.conv1.weight.data - 0.01)
+    results = json.loads((folder / 'results.json').read_text())
+    assert results['checkpoint'] == dict(which='best', epoch=0, ema=False)
+    assert 'did best on these test images, which flatters the accuracy' in (folder / 'README.md').read_text()
+
+    checkpoint = torch.load(run_dir / 'last.pth.tar', weights_only=False)
+    checkpoint['state_dict_ema'] = {
+        f'_orig_mod.{k}': torch.full_like(w, 2) for k, w in checkpoint['state_dict'].items()
+    }
+    torch.save(checkpoint, run_dir / 'last.pth.tar')
+    folder = release(run_dir, 'cifar10', out=tmp_path / 'ema')
+    assert all((w == 2).all() for w in load_file(folder / 'model.safetensors').values())
+    assert json.loads((folder / 'results.json').read_text())['checkpoint']['ema'] is True
+    assert '(the exponential moving average)' in (folder / 'README.md').read_text()
+
+
+class TestCard:
+    @pytest.fixture
+    def folder(self, run_dir, tmp_path):
+        return release(run_dir[0], 'cifar10', out=tmp_path / 'hub_configs')
+
+    def test_results_for_the_page(self, folder):
+        results = json.loads((folder / 'results.json').read_text())
+        card = ModelCard.load(folder / 'README.md')
+        assert card.data.library_name == 'timm' and card.data.license == 'apache-2.0'
+        (result,) = card.data.eval_results  # the model-index
+        assert result.metric_value == results['test']['top1']
+        assert (result.dataset_name, result.dataset_type) == ('CIFAR-10', 'uoft-cs/cifar10')
+        (entry,) = parse_eval_result_entries(yaml.safe_load((folder / '.eval_results' / 'cifar10.yaml').read_text()))
+        assert entry.value == results['test']['top1'] and entry.dataset_id == 'uoft-cs/cifar10'
+        row = next(line for line in card.text.splitlines() if line.startswith('| ') and '92.60' in line)
+        test = results['test']
+        assert [cell.strip() for cell in row.strip('|').split('|')] == [
+            f'{test["top1"]:.2f}',
+            '92.60',
+            f'{test["top5"]:.2f}',
+            f'{test["loss"]:.4f}',
+            f'{test["ece"]:.2f}',
+            f'{results["parameters"]:,}',
+            f'{results["multiply_adds"]:,}',
+        ]
+
+    def test_recipe_is_what_train_takes(self, folder, tmp_path, train_script, monkeypatch):
+        """Saved and passed as the card says, timm's own parser reads the run's arguments again."""
+        text = (folder / 'README.md').read_text()
+        recipe, command = text.split('```yaml\n')[1].split('```')[0], text.split('```bash\n')[1].split('\n')[0]
+        assert command == (
+            'poolattn train --config recipe.yaml --resident --crop-padding 2 --penalty-weight 0.0 --data-dir DIR'
+        )
+        (tmp_path / 'recipe.yaml').write_text(recipe)
+        module = load_train_script(train_script)
+        monkeypatch.setattr('sys.argv', ['train.py', '--config', str(tmp_path / 'recipe.yaml'), '--data-dir', 'DIR'])
+        args, _ = module._parse_args()
+        assert (args.model, args.lr, args.opt_kwargs) == ('resnet20_saam', 0.1, dict(ns_steps=3))
+
+    def test_first_weights_are_named(self, folder):
+        results = json.loads((folder / 'results.json').read_text())
+        assert 'first weights' not in model_card(results).text
+        results['arguments']['initial_checkpoint'] = 'start.safetensors'
+        results['warm_start'] = 'resnet20_saam.cifar10 resnet56_saam'
+        assert (
+            'The first weights are those of `start.safetensors`, made by'
+            ' `poolattn warm-start resnet20_saam.cifar10 resnet56_saam -o start.safetensors`.'
+        ) in model_card(results).text
+
+    def test_citation_and_use(self, folder):
+        text = (folder / 'README.md').read_text()
+        assert '@article{saam,' in text and 'Lee, Changwoo and Chung, Ki-Seok' in text
+        assert "timm.create_model('hf-hub:timm-poolattn/resnet20_saam.cifar10', pretrained=True)" in text
+
+    def test_every_gate_has_its_two_sentences(self, folder):
+        results = json.loads((folder / 'results.json').read_text())
+        gates = set()
+        for name in timm.list_models(module=FAMILIES):
+            with torch.device('meta'):
+                gates.add(timm.create_model(name).gate) if '20' in name or '29' in name else None
+        assert gates - {None} == GATE_NOTES.keys()
+        for gate, note in GATE_NOTES.items():
+            assert note.count('. ') == 1 and note.endswith('.')
+            assert note in model_card({**results, 'gate': gate}).text
+        assert 'no gate' in model_card({**results, 'gate': None}).text
+
+
+def test_release_again_replaces_whole(run_dir, tmp_path):
+    run_dir, _ = run_dir
+    out = tmp_path / 'hub_configs'
+    folder = release(run_dir, 'cifar10', out=out)
+    (folder / 'stale.txt').write_text('')
+    release(run_dir, 'cifar10', out=out)
+    assert not (folder / 'stale.txt').exists() and [p.name for p in out.iterdir()] == [folder.name]
+
+
+def test_a_failed_release_leaves_nothing(run_dir, tmp_path, image_folder):
+    run_dir, _ = run_dir
+    out = tmp_path / 'hub_configs'
+    folder = release(run_dir, 'cifar10', out=out)
+    before = {name: (folder / name).read_bytes() for name in FILES}
+    (run_dir / 'summary.csv').write_text('epoch\n0\n')
+    with pytest.raises(KeyError):
+        release(run_dir, 'cifar10', out=out)
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == before and len(list(out.iterdir())) == 1
+
+
+def test_mistakes(run_dir, tmp_path):
+    run_dir, _ = run_dir
+    with pytest.raises(ValueError, match="unknown tag 'cifar'"):
+        release(run_dir, 'cifar', out=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r'no args\.yaml; is it the output folder'):
+        release(tmp_path, 'cifar10', out=tmp_path)
+    with pytest.raises(ValueError, match='the run trained resnet20_saam, not resnet56_saam'):
+        release(run_dir, 'cifar10', name='resnet56_saam', out=tmp_path)
+    with pytest.raises(ValueError, match="unknown checkpoint 'first'"):
+        release(run_dir, 'cifar10', checkpoint='first', out=tmp_path)
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'model_kwargs': dict(flavour='fa')}))
+    with pytest.raises(ValueError, match=r'trained with --model-kwargs .* but a release is loaded by its name alone'):
+        release(run_dir, 'cifar10', out=tmp_path)
+    (run_dir / 'model_best.pth.tar').unlink()
+    with pytest.raises(FileNotFoundError, match=r'no model_best\.pth\.tar'):
+        release(run_dir, 'cifar10', checkpoint='best', out=tmp_path)
+
+
+def test_no_pickle_is_loaded(run_dir, tmp_path):
+    run_dir, _ = run_dir
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / 'evil'), 'w'))
+
+    torch.save({'state_dict': Evil()}, run_dir / 'last.pth.tar')
+    with pytest.raises(Exception, match='Weights only load failed'):
+        release(run_dir, 'cifar10', out=tmp_path / 'hub_configs')
+    assert not (tmp_path / 'evil').exists()
+
+
+def test_paper_top1():
+    assert paper_top1('resnet20_saam', 'cifar10') == 92.6
+    assert paper_top1('resnet20_fa', 'cifar10') == 92.68  # printed as an error of 7.32
+    assert paper_top1('resnet20_spem', 'cifar10') is None

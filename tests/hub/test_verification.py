@@ -1,0 +1,205 @@
+"""What verification finds, above all in folders and repositories that mean harm."""
+
+import json
+import os
+import pickle
+import struct
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from timm_poolattn.cli import main
+from timm_poolattn.data import load_images
+from timm_poolattn.hub import verify
+from timm_poolattn.hub.releases import seal
+from timm_poolattn.inference import evaluate, load_pretrained
+
+from .conftest import NAME
+
+CHECKS = ['files', 'header', 'config', 'parameters', 'values', 'hashes']
+
+
+def fails(target, check):
+    """The detail of the check that fails, which is the last."""
+    checks = verify(target)
+    assert [c.name for c in checks] == CHECKS[: CHECKS.index(check) + 1]
+    assert [c.ok for c in checks] == [True] * (len(checks) - 1) + [False], checks
+    return checks[-1].detail
+
+
+def edit(folder, file, **changes):
+    data = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**data, **changes}))
+
+
+def change_weights(folder, change):
+    """Change the tensors, and make all hashes agree again."""
+    weights = load_file(folder / 'model.safetensors')
+    change(weights)
+    save_file(weights, folder / 'model.safetensors')
+    hashes = seal(folder / 'model.safetensors', dict(architecture='resnet20_saam', tag='cifar10'))
+    edit(folder, 'results.json', weights=hashes)
+
+
+class Evil:
+    """Executed when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), 'w'))
+
+
+@pytest.mark.parametrize('target', [NAME, 'resnet20_saam'])
+def test_a_sound_release(target):
+    checks = verify(target)
+    assert [c.name for c in checks] == CHECKS and all(c.ok for c in checks)
+    assert checks[3].detail == '281,051, as in the registry'
+
+
+def test_command_line(other):
+    result = CliRunner().invoke(main, ['verify', str(other)])
+    assert result.exit_code == 0 and [line.split()[:2] for line in result.output.splitlines()] == [
+        ['ok', name] for name in CHECKS
+    ]
+    (other / 'pytorch_model.bin').touch()
+    result = CliRunner().invoke(main, ['verify', str(other), '--json'])
+    assert result.exit_code == 1 and json.loads(result.output)[-1]['ok'] is False
+    result = CliRunner().invoke(main, ['verify', 'resnet20_sam'])
+    assert result.exit_code == 2 and 'resnet20_sam: neither a release (' in result.output
+
+
+def test_accuracy(other, image_folder):
+    claimed = evaluate(load_pretrained(f'local-dir:{other}'), load_images(image_folder, 'test'))
+    for change, message in (
+        (dict(top1=claimed['top1'] + 0.05), 'claimed'),
+        (dict(top1=claimed['top1'] + 0.1), 'more than 0.05 apart'),
+        (dict(images=10000), 'claimed on 10,000 images, this data has 8'),
+    ):
+        edit(other, 'results.json', test={**claimed, **change})
+        *_, check = verify(other, data_dir=image_folder)
+        assert check.name == 'accuracy' and check.ok == (message == 'claimed') and message in check.detail
+
+
+class TestHostileFolder:
+    @pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.pt', 'extra.safetensors', 'weights.pkl', 'a.pth.tar'])
+    def test_other_weights(self, other, tmp_path, name):
+        (other / name).write_bytes(pickle.dumps(Evil(tmp_path / 'evil')))
+        assert fails(other, 'files').startswith(f'{name}: weights other than model.safetensors')
+        assert not (tmp_path / 'evil').exists()
+
+    def test_pickle_under_the_name_of_safetensors(self, other, tmp_path):
+        torch.save(Evil(tmp_path / 'evil'), other / 'model.safetensors')
+        assert 'model.safetensors: ' in fails(other, 'header')
+        assert not (tmp_path / 'evil').exists()
+
+    def test_unexpected_missing_and_linked_files(self, other, tmp_path):
+        (other / 'setup.py').touch()
+        assert fails(other, 'files').startswith('setup.py: unexpected')
+        (other / 'setup.py').unlink()
+        (other / 'config.json').rename(tmp_path / 'config.json')
+        assert fails(other, 'files') == 'lacks config.json'
+        os.symlink(tmp_path / 'config.json', other / 'config.json')
+        assert fails(other, 'files') == 'config.json: not a regular file'
+
+    @pytest.mark.parametrize('size', [2**63, 200_000_000, 5_000_000])
+    def test_oversized_header(self, other, size):
+        file = (other / 'model.safetensors').read_bytes()
+        (other / 'model.safetensors').write_bytes(struct.pack('<Q', size) + file[8:])
+        assert 'header' in fails(other, 'header').lower()
+
+    @pytest.mark.parametrize('offsets', [[0, 2**40], [0, 4], [-8, 0], [8, 0]])
+    def test_lying_header(self, other, offsets):
+        file = (other / 'model.safetensors').read_bytes()
+        size = struct.unpack('<Q', file[:8])[0]
+        header = json.loads(file[8 : 8 + size])
+        header['conv1.weight']['data_offsets'] = offsets
+        text = json.dumps(header).encode()
+        (other / 'model.safetensors').write_bytes(struct.pack('<Q', len(text)) + text + file[8 + size :])
+        assert fails(other, 'header').startswith('model.safetensors: ')
+
+    def test_truncated(self, other):
+        file = (other / 'model.safetensors').read_bytes()
+        (other / 'model.safetensors').write_bytes(file[:-100])
+        assert fails(other, 'header').startswith('model.safetensors: ')
+
+    def test_another_models_weights(self, other):
+        seal(other / 'model.safetensors', dict(architecture='resnet20_fa', tag='cifar10'))
+        assert (
+            fails(other, 'header')
+            == 'model.safetensors is of resnet20_fa.cifar10, results.json of resnet20_saam.cifar10'
+        )
+
+    @pytest.mark.parametrize('arch', ['resnet9000_saam', 'resnet50', '../../etc', 'os.system'])
+    def test_unknown_architecture(self, other, arch):
+        edit(other, 'config.json', architecture=arch)
+        assert f'unknown architecture {arch!r}' in fails(other, 'config')
+
+    def test_config_of_another_network(self, other):
+        args = json.loads((other / 'config.json').read_text())['model_args']
+        edit(other, 'config.json', model_args={**args, 'depth': 6 * 10**9 + 2})  # would take for ever to build
+        assert 'model_args depth would build another network' in fails(other, 'config')
+        edit(other, 'config.json', model_args=args, label_names=['cat'])
+        assert fails(other, 'config') == 'config.json: 10 classes, 1 label names'
+        edit(other, 'config.json', architecture='resnet20_fa')
+        assert 'config.json is of resnet20_fa, results.json of resnet20_saam' in fails(other, 'config')
+        (other / 'config.json').write_text('[' * 100_000)
+        fails(other, 'config')
+
+    def test_parameters(self, other):
+        change_weights(other, lambda weights: weights.update({'conv1.weight': torch.zeros(16, 3, 5, 5)}))
+        detail = fails(other, 'parameters')
+        assert (
+            '1 tensors are not those of resnet20_saam, conv1.weight' in detail and '[16, 3, 5, 5] in the file' in detail
+        )
+        change_weights(other, lambda weights: weights.pop('conv1.weight'))
+        assert 'conv1.weight the first: absent in the file' in fails(other, 'parameters')
+
+    def test_claimed_parameters(self, other):
+        edit(other, 'results.json', parameters=281_050)
+        assert fails(other, 'parameters') == 'results.json says 281,050, the registry 281,051'
+
+    @pytest.mark.parametrize('value', [float('nan'), float('inf')])
+    def test_values(self, other, value):
+        change_weights(other, lambda weights: weights['conv1.weight'].view(-1)[7:8].fill_(value))
+        assert fails(other, 'values') == 'conv1.weight holds NaN or infinity'
+
+    def test_hashes(self, other):
+        file = bytearray((other / 'model.safetensors').read_bytes())
+        file[-1] ^= 1
+        (other / 'model.safetensors').write_bytes(file)
+        assert fails(other, 'hashes').startswith('model.safetensors is ')
+
+
+class TestHostileRepository:
+    def files(self, folder):
+        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+    def test_sound(self, hub, folder):
+        hub.add('org/x', {'.gitattributes': b'', **self.files(folder)})
+        assert all(check.ok for check in verify('hf-hub:org/x')) and not hub.waits
+        assert all(check.ok for check in verify('hf-hub:org/x@main', endpoint=hub.url))
+
+    @pytest.mark.parametrize(
+        'path', ['../evil', 'a/../../evil', '/tmp/evil', '..\\evil', 'C:evil', 'sub/../config.json']
+    )
+    def test_path_tricks(self, hub, folder, path):
+        hub.add('org/x', {**self.files(folder), path: b'evil'})
+        (check,) = verify('hf-hub:org/x')
+        assert not check.ok and check.detail == f'{path!r} leads out of the folder'
+        assert not any('resolve' in path for _, path in hub.requests)  # nothing was downloaded
+
+    def test_pickle(self, hub, folder):
+        hub.add('org/x', {**self.files(folder), 'pytorch_model.bin': b'evil'})
+        (check,) = verify('hf-hub:org/x')
+        assert not check.ok and check.detail.startswith('pytorch_model.bin: weights other than model.safetensors')
+        assert not any('resolve' in path for _, path in hub.requests)
+
+    def test_flipped_on_the_way(self, hub, folder):
+        hub.add('org/x', self.files(folder))
+        hub.fault('GET', 'storage', 'flip')
+        checks = verify('hf-hub:org/x')
+        assert checks[-1].name == 'hashes' and not checks[-1].ok

@@ -1,0 +1,196 @@
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_poolattn
+from timm_poolattn.layers import Focus, FocusAssociation, IdentityInit
+from timm_poolattn.models.insertion import InsertedGate, InsertedStage
+
+#: One small model of each family, how many residual blocks it has, and how many of them FA gates.
+MODELS = {
+    'resnet18': (8, 4),
+    'resnet26': (8, 4),
+    'resnext26ts': (8, 4),
+    'resnetv2_18': (8, 4),
+    'regnetx_002': (13, 9),
+    'regnety_002': (13, 9),
+    'convnext_atto': (12, 8),
+    'efficientnet_b0': (9, 9),
+    'seresnet18': (8, 4),
+}
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def create(name, **kwargs):
+    """With batch norms that do something, as in a trained model."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **kwargs)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias, std=0.1)
+        if isinstance(getattr(m, 'gamma', None), nn.Parameter):  # ConvNeXt's layer scale starts at 1e-6
+            nn.init.constant_(m.gamma, 0.5)
+    return model.eval()
+
+
+def inserted(model):
+    """The gates as they start, with their alpha."""
+    return [m for m in model.modules() if isinstance(m, IdentityInit | FocusAssociation)]
+
+
+@pytest.mark.parametrize('gate', ['saam', 'fa'])
+@pytest.mark.parametrize('name', MODELS)
+def test_insertion_changes_nothing_and_removal_undoes_it(name, gate):
+    model = create(name)
+    keys, before = list(model.state_dict()), model(X)
+    assert timm_poolattn.insert(model, gate) is model and not model.training
+    gates = inserted(model)
+    assert len(gates) == MODELS[name][gate == 'fa']
+    torch.testing.assert_close(model(X), before, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for module in gates:
+            module.alpha.fill_(1.0)
+    assert not torch.allclose(model(X), before, rtol=1e-2, atol=1e-2)
+    assert timm_poolattn.remove(model) is model
+    assert list(model.state_dict()) == keys and model(X).equal(before)
+
+
+@pytest.mark.parametrize('gate', ['spem', 'saam', 'se', 'cbam', 'fa'])
+def test_training_moves_the_gate(gate):
+    model = timm_poolattn.insert(create('resnet18'), gate).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    gates = inserted(model)
+    start = [p.clone() for p in gates[-1].parameters() if p.ndim]
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(4, 3, 64, 64)), torch.arange(4)).backward()
+        optimizer.step()
+    assert all(m.alpha != 0 for m in gates)
+    assert any(not p.equal(s) for p, s in zip([p for p in gates[-1].parameters() if p.ndim], start, strict=True))
+
+
+def test_fa_wiring():
+    """Runs of blocks by Eq. 2-9, written out: block 0 ungated, block 2 associated with k_1."""
+    model = create('resnet50')
+    stage = timm_poolattn.insert(model, 'fa', identity_init=False).layer1[0]
+    assert isinstance(stage, InsertedStage) and [b.fa and b.fa.index for b in stage.blocks] == [None, 1, 2]
+    assert [b.fa.index for b in model.layer3[0].blocks[1:]] == [1, 2, 3, 4, 5]
+    x = torch.randn(2, 64, 16, 16)
+    b0, b1, b2 = stage.blocks
+    x1 = b0.block(x)
+    k1 = b1.fa.focus(x1)
+    x2 = x1 + (b1.block(x1) - x1) * k1[..., None, None]
+    k2 = b2.fa.association(torch.cat([k1, b2.fa.focus(x2)], dim=1))
+    x3 = x2 + (b2.block(x2) - x2) * k2[..., None, None]
+    torch.testing.assert_close(model.layer1(x), x3, rtol=1e-4, atol=1e-4)
+
+
+def test_runs_end_where_the_shape_changes():
+    """The blocks of all stages side by side, in a network without timm's config."""
+    blocks = [b for stage in (1, 2) for b in create('resnet18').get_submodule(f'layer{stage}')]
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), *blocks).eval()
+    expected = model(X)
+    timm_poolattn.insert(model, 'fa')
+    assert [type(m) for m in model[1:]] == [InsertedStage, nn.Identity, InsertedStage, nn.Identity]
+    assert [m.channels for m in model.modules() if isinstance(m, Focus)] == [64, 128]
+    assert model(X).equal(expected) and list(timm_poolattn.remove(model)[1:]) == blocks
+
+
+@pytest.mark.parametrize(
+    'name, gate',
+    [('resnet18', 'spem'), ('resnet18', 'fa')]
+    + [
+        pytest.param(name, gate, marks=pytest.mark.slow)
+        for name in ('resnetv2_18', 'resnext26ts', 'regnetx_002', 'convnext_atto', 'efficientnet_b0')
+        for gate in ('spem', 'fa')
+    ],
+)
+def test_a_model_as_any_other(name, gate):
+    """Copied, saved and loaded, compiled, scripted, checkpointed, and read for features."""
+    model = timm_poolattn.insert(create(name), gate)
+    with torch.no_grad():
+        for module in inserted(model):
+            module.alpha.fill_(0.5)
+    expected = model(X)
+    other = timm_poolattn.insert(create(name), gate)
+    other.load_state_dict(model.state_dict())
+    assert copy.deepcopy(model)(X).equal(expected) and other(X).equal(expected)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(compiled(X), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.jit.script(model)(X), expected, rtol=1e-4, atol=1e-4)
+    final, intermediates = model.forward_intermediates(X)
+    torch.testing.assert_close(final, model.forward_features(X), rtol=1e-4, atol=1e-4)
+    assert [f.shape[1] for f in intermediates] == [info['num_chs'] for info in model.feature_info]
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)  # the blocks are run with their gates
+    model.train()(X).sum().backward()
+    assert all(module.alpha.grad is not None for module in inserted(model))
+
+
+def test_skipping():
+    model = timm_poolattn.insert(create('resnet26'), 'fa', identity_init=False)
+    plain = model(X)
+    timm_poolattn.set_skip_threshold(model, 1.0)  # k < 1: only B_0 of each stage runs
+    ran = []
+    for m in model.modules():
+        if hasattr(m, 'drop_path'):
+            m.register_forward_hook(lambda m, args, out: ran.append(len(args[0])))
+    model(X)
+    assert ran == [2, 2, 2, 2]
+    timm_poolattn.set_skip_threshold(model, 0)
+    assert model(X).equal(plain)
+
+
+def test_without_identity_init_and_with_arguments():
+    model = create('resnet18')
+    before = model(X)
+    timm_poolattn.insert(model, 'spem', identity_init=False, fixed_lambda=0.3)
+    assert not torch.allclose(model(X), before, rtol=1e-2, atol=1e-2)
+    gates = [m.gate for m in model.modules() if isinstance(m, InsertedGate)]
+    assert [g.channels for g in gates] == [64, 64, 128, 128, 256, 256, 512, 512]
+    assert all(g.fixed_lambda == 0.3 for g in gates)
+
+
+def test_other_input_channels():
+    model = timm_poolattn.insert(create('resnet18', in_chans=1), 'saam')
+    assert model(X[:, :1]).shape == (2, 10)
+
+
+@pytest.mark.parametrize('gate', ['saam', 'fa'])
+def test_drop_path_stays(gate):
+    model = timm.create_model('resnet18', drop_path_rate=0.5)
+    rates = [m.drop_path.drop_prob for m in model.modules() if getattr(m, 'drop_path', None) is not None]
+    timm_poolattn.insert(model, gate)
+    assert rates == [m.drop_prob for m in model.modules() if isinstance(m, timm.layers.DropPath)] and len(rates) == 7
+
+
+def test_the_penalty_is_found():
+    from timm_poolattn.training import PenaltyTask
+
+    model = timm_poolattn.insert(create('resnet18'), 'spem')
+    assert PenaltyTask(model, nn.CrossEntropyLoss()).penalty().item() == 8 * 0.5
+
+
+@pytest.mark.parametrize('gate', ['saam', 'fa'])
+def test_mistakes(gate):
+    model = create('resnet18')
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match="unknown gate 'foo'; choose from se,"):
+        timm_poolattn.insert(model, 'foo')
+    with pytest.raises(ValueError, match=r'rd_ratio=0\.001 leaves no hidden channel of 64; 1/64 does'):
+        timm_poolattn.insert(model, gate, rd_ratio=0.001)
+    with pytest.raises(ValueError, match='must divide channels=64'):
+        timm_poolattn.insert(model, 'sge', groups=7)
+    assert list(model.state_dict()) == keys
+    timm_poolattn.insert(model, gate)
+    with pytest.raises(ValueError, match='inserted gates already'):
+        timm_poolattn.insert(model, 'saam')
+    for name in ('vgg11', 'test_vit'):
+        with pytest.raises(ValueError, match='no residual blocks'):
+            timm_poolattn.insert(timm.create_model(name, num_classes=2), gate)
+    with pytest.raises(ValueError, match='nothing to skip'):
+        timm_poolattn.set_skip_threshold(create('resnet18'), 0.5)

@@ -1,0 +1,282 @@
+"""The report: what its rows say, and the page itself in a real browser."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from timm_poolattn.models import released
+from timm_poolattn.papers import table_rows
+from timm_poolattn.report import page as report
+from timm_poolattn.report.catalog import list_models
+from timm_poolattn.report.page import (
+    matching_results,
+    papers_table,
+    read_benchmark,
+    report_rows,
+    training_rate,
+    write_report,
+)
+from timm_poolattn.report.results import load_results
+from timm_poolattn.training import recipes
+
+from ..cli.test_cli import fails, run
+
+
+@pytest.fixture(scope='module')
+def some_runs():
+    """Results of resnet20_saam: two seeds of the paper's recipe, one shorter run, and one of another architecture."""
+    ours = next(r for r in load_results() if (r['model'], r['tag']) == ('resnet20_saam', 'cifar10'))
+    long = {**ours, 'options': dict(recipe='saam-cifar10'), 'arguments': dict(lr=0.1), 'epochs': 182}
+    runs = [{**long, 'seed': seed, 'test': dict(ours['test'], top1=top1)} for seed, top1 in ((1, 92.5), (2, 92.9))]
+    other = {**long, 'arguments': dict(model_kwargs=dict(gate_kwargs=dict(kernel_size=7)))}
+    return [ours, *runs, other]
+
+
+@pytest.fixture(scope='module')
+def page(tmp_path_factory, some_runs):
+    """The page with all rows. What is counted has its own test: it takes a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, 'multiply_adds', lambda model: 10 * sum(p.numel() for p in model.parameters()))
+        patch.setattr(report, 'load_results', lambda: some_runs)
+        folder = tmp_path_factory.mktemp('report')
+        benchmark = folder / 'benchmark.json'
+        measured = dict(mode='eager', inference_images_per_s=1234.5)
+        rows = [
+            dict(model='resnet20_saam', **measured),
+            dict(model='resnet20_saam', **{**measured, 'mode': 'compiled'}),
+        ]
+        benchmark.write_text(json.dumps(dict(rows=rows)))
+        report._trunk.cache_clear()
+        path = write_report(folder / 'report.html', benchmark)
+    report._trunk.cache_clear()
+    return path
+
+
+@pytest.fixture(scope='module')
+def browser():
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if chromium is None:
+        pytest.skip('no chromium to open the page in: apt-get install chromium')
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        args = ['--no-sandbox', '--disable-gpu', '--disable-background-networking']
+        browser = playwright.chromium.launch(executable_path=chromium, args=args)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser, page):
+    """The page in a tab 1600 pixels wide; an error of its script, or any request but for itself, fails the test."""
+    with browser.new_page(viewport=dict(width=1600, height=900)) as tab:
+        wrong = []
+        tab.on('pageerror', lambda error: wrong.append(error))
+        tab.on('request', lambda request: wrong.append(request.url) if not request.url.startswith('file:') else None)
+        tab.goto(page.as_uri())
+        yield tab
+        assert not wrong
+
+
+def column(tab, name):
+    return tab.locator(f'#body td[data-label="{name}"]').all_inner_texts()
+
+
+class TestRows:
+    def test_a_result_belongs_to_rows_of_its_architecture(self, some_runs):
+        rows = [r for r in table_rows() if r['model'] == 'resnet20_saam']
+        assert [len(matching_results(r, some_runs)) for r in rows if r['dataset'] == 'cifar10'] == [3]
+        assert not any(matching_results(r, some_runs) for r in rows if r['dataset'] != 'cifar10')
+
+    def test_flavours_and_variants_are_told_apart(self):
+        result = dict(model='resnet56_se', tag='cifar10', arguments={})
+        of = lambda paper, r: matching_results(  # noqa: E731
+            next(x for x in table_rows() if (x['paper'], x['model'], x['dataset']) == (paper, r['model'], r['tag'])),
+            [r],
+        )
+        assert of('saam', result) and not of('fa', result)
+        fa = {**result, 'arguments': dict(model_kwargs=dict(flavour='fa'))}  # 1/8, the table's, is its default
+        assert of('fa', fa) and not of('saam', fa)
+        fixed = dict(fixed_lambda=0.3)
+        spem = dict(model='resnet164_spem', tag='cifar10', arguments=dict(model_kwargs=dict(gate_kwargs=fixed)))
+        matched = [r['variant'] for r in table_rows() if matching_results(r, [spem])]
+        assert matched == ['fixed lambda 0.3: u = 0.3 f_max + 0.7 f_min']
+        learned = dict(model='resnet164_spem', tag='cifar10', arguments={})
+        tables = [r['table'] for r in table_rows() if matching_results(r, [learned])]
+        assert tables == ['1', '2', '3', '4']  # the paper prints it in each
+
+    @pytest.mark.slow
+    def test_counts(self):
+        rows = report_rows()
+        assert len(rows) == 158
+        own = {r['model']: r for r in list_models('resnet20_*')}
+        for row in rows:
+            if row['model'] == 'resnet20_saam' and row['dataset'] == 'CIFAR-10':
+                assert row['parameters'] == own['resnet20_saam']['parameters']
+                assert row['multiply_adds'] == own['resnet20_saam']['multiply_adds']
+            if row['model'] == 'resnet20_cbam' and row['dataset'] == 'CIFAR-100':
+                assert row['multiply_adds'] == own['resnet20_cbam']['multiply_adds'] + 64 * 90  # the classifier's
+        for printed, row in zip(table_rows(), rows, strict=True):
+            if 'mflops' in printed:
+                assert row['multiply_adds'] / 1e6 == pytest.approx(printed['mflops'], abs=2.1)
+            assert row['parameters'] == printed.get('params_exact', row['parameters'])
+        small, large = (
+            next(r for r in rows if r['model'] == m and r['dataset'] == 'CIFAR-10')
+            for m in ('resnet20_se', 'resnet110_se')
+        )
+        ratio = large['multiply_adds'] / small['multiply_adds']
+        assert large['estimated_hours'] / small['estimated_hours'] == pytest.approx(ratio)
+
+    def test_rate(self, some_runs):
+        macs = list_models('resnet20_saam')[0]['multiply_adds']
+        run = dict(some_runs[0], epochs=10, wall_time_s=1000)
+        assert training_rate([run]) == (pytest.approx(macs * 500), run['hardware'])
+        assert training_rate([]) == (0.0, '')
+
+    def test_commands_are_those_of_recipes_that_exist(self, page):
+        rows = json.loads(re.search(r'const rows = (.*);\n', page.read_text())[1])
+        assert len(rows) == 158
+        for row in rows:
+            recipe = re.match(r'poolattn train --recipe (\S+) --model \S+', row['command'])[1]
+            assert recipe in recipes()
+        commands = {row['command'] for row in rows if row['variant'].startswith('fixed lambda 0.3')}
+        assert (
+            'poolattn train --recipe spem-cifar10 --model resnet164_spem.cifar10'
+            ' --model-kwargs "gate_kwargs={\'fixed_lambda\': 0.3}" --data-dir DATA' in commands
+        )
+
+    def test_commands_name_the_rows_architecture(self, page):
+        """What timm's own parser makes of --model-kwargs is what model_args says."""
+        import argparse
+        import shlex
+
+        from timm.utils import ParseKwargs
+
+        from timm_poolattn.papers import model_args
+
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+        rows = json.loads(re.search(r'const rows = (.*);\n', page.read_text())[1])
+        for printed, row in zip(table_rows(), rows, strict=True):
+            args, _ = parser.parse_known_args(shlex.split(row['command']))
+            wanted = model_args(printed)
+            assert args.model_kwargs == {k: v for k, v in wanted.items() if k in ('flavour', 'gate_kwargs')}
+
+
+class TestPage:
+    def test_every_row(self, tab):
+        assert tab.locator('#body tr').count() == 158
+        assert tab.locator('#count').inner_text() == '158 of 158 rows'
+
+    def test_seeds_and_spread(self, tab):
+        tab.select_option('#status', 'run')
+        (ours,) = column(tab, 'our top-1')
+        first, second, third, fourth = ours.split('\n')
+        assert (first, second) == ('92.70 ± 0.28', '2 seeds, 182 epochs')  # the longer training comes first
+        assert fourth.endswith('epochs') and third == '90.91'
+        assert column(tab, 'difference') == ['+0.10'] and column(tab, 'images/s') == ['1,235']
+        card = tab.locator('#body a', has_text='model card').first
+        assert card.get_attribute('href').endswith('hub_configs/resnet20_saam.cifar10/README.md')
+
+    def test_model_cards_are_where_the_links_lead(self, page):
+        cards = json.loads(re.search(r'const cards = (.*);\n', page.read_text())[1])
+        assert cards.keys() == released().keys()
+        assert all((page.parent / link).is_file() for link in cards.values())
+
+    def test_filters(self, tab):
+        counts = {}
+        for row in table_rows():
+            counts[row['paper']] = counts.get(row['paper'], 0) + 1
+        for name, label in (('spem', 'SPEM'), ('saam', 'SAAM'), ('fa', 'FA')):
+            tab.select_option('#paper', label)
+            assert tab.locator('#body tr').count() == counts[name]
+        tab.select_option('#gate', 'fase')
+        assert set(column(tab, 'gate')) == {'fase'}
+        tab.select_option('#dataset', 'CIFAR-100')
+        assert column(tab, 'model') == ['vgg19_fase', 'resnet110_fase']
+        assert tab.locator('#plots figure').count() == 2
+        tab.fill('#search', 'VGG')
+        assert column(tab, 'model') == ['vgg19_fase'] and tab.locator('#count').inner_text() == '1 of 158 rows'
+        tab.fill('#search', 'no such model')
+        assert tab.locator('#body tr').count() == 0 and tab.locator('#plots figure').count() == 0
+
+    def test_sorts(self, tab):
+        head = tab.locator('#head button', has_text=re.compile('^parameters$'))
+        for sign in (1, -1):
+            head.click()
+            values = [int(v.replace(',', '')) for v in column(tab, 'parameters')]
+            assert values == sorted(values, reverse=sign < 0) and len(values) == 158
+        assert head.locator('..').get_attribute('aria-sort') == 'descending'
+        tab.locator('#head button', has_text='difference').click()
+        assert column(tab, 'difference')[:2] == ['+0.10', '']  # what has no value comes last
+        tab.locator('#head button', has_text='model').click()
+        models = column(tab, 'model')
+        assert models.index('resnet20') < models.index('resnet110')  # numbers as numbers
+
+    def test_plots_show_every_accuracy(self, tab):
+        printed = sum('top1' in r or 'top1_err' in r for r in table_rows())
+        assert tab.locator('#plots figure').count() == 8  # four data sets, parameters and multiply-adds
+        marks = tab.locator('#plots svg > circle, #plots svg > path')
+        assert marks.count() == 2 * (printed + 2)
+        assert tab.locator('#plots .ours').count() == 2 * 2
+        outside = """[...document.querySelectorAll('#plots svg')].flatMap(svg => {
+            const frame = svg.getBoundingClientRect();
+            return [...svg.querySelectorAll('circle, path, text')].filter(mark => {
+                const box = mark.getBoundingClientRect();
+                return box.left < frame.left || box.right > frame.right || box.top < frame.top
+                    || box.bottom > frame.bottom || !(box.width > 0); }).map(mark => mark.outerHTML); })"""
+        assert tab.evaluate(outside) == []
+
+    @pytest.mark.parametrize('scheme', ['light', 'dark'])
+    @pytest.mark.parametrize('width', [400, 700, 1200, 1600])
+    def test_fits_and_is_readable(self, tab, width, scheme):
+        tab.set_viewport_size(dict(width=width, height=900))
+        tab.emulate_media(color_scheme=scheme)
+        assert tab.evaluate('document.documentElement.scrollWidth') <= width
+        tab.locator('#body details').first.evaluate('e => e.open = true')
+        assert tab.evaluate('document.documentElement.scrollWidth') <= width
+        luminance = """(e, property) => {
+            const [r, g, b] = getComputedStyle(e)[property].match(/[\\d.]+/g).map(v => {
+                v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b; }"""
+        page = tab.locator('body').evaluate(luminance, 'backgroundColor')
+        assert (page < 0.1) == (scheme == 'dark')
+        for selector in ('h1', '#body td', '.soft', '#body summary'):  # WCAG AA
+            ink = tab.locator(selector).first.evaluate(luminance, 'color')
+            assert (max(ink, page) + 0.05) / (min(ink, page) + 0.05) >= 4.5, selector
+        if width < 1150:  # cards in place of columns: every figure with its name
+            assert not tab.locator('thead').is_visible() and tab.locator('#sort').is_visible()
+            tab.select_option('#sort', label='parameters, falling')
+            assert column(tab, 'parameters')[0].replace('\n', ' ').endswith('44,616,034')
+
+
+class TestFiles:
+    def test_markdown(self, tmp_path, monkeypatch, some_runs):
+        few = [r for r in table_rows() if r['model'] == 'resnet20_saam' or r['table'] == 'IV-D']
+        monkeypatch.setattr(report, 'table_rows', lambda: few)
+        monkeypatch.setattr(report, 'load_results', lambda: some_runs)
+        run('report', '-o', tmp_path / 'report.md')
+        text = (tmp_path / 'report.md').read_text()
+        assert '## SAAM, Table II' in text and '## SAAM, Table IV-D' in text
+        assert (
+            '| `resnet20_saam` | CIFAR-10 |  | 281,051 | 41.2 | 92.60 | 92.70 ± 0.28 (2 seeds, 182 epochs) | +0.10 |  |'
+            in text
+        )
+        assert re.search(r'\| not run \|  \| `poolattn train --recipe saam-cifar100 .*` \(about .*\) \|', text)
+
+    def test_readme_summary(self, monkeypatch, some_runs):
+        monkeypatch.setattr(report, 'load_results', lambda: some_runs)
+        lines = papers_table().splitlines()
+        assert '| SAAM | CIFAR-10 | 15 | 1 | +0.10 |' in lines
+        assert sum(int(line.split('|')[3]) for line in lines[2:]) == 158
+
+    def test_mistakes(self, tmp_path):
+        assert 'a report is .html or .md' in fails('report', '-o', tmp_path / 'report.pdf')
+        assert 'no such file' in fails('report', '-o', tmp_path / 'report.md', '--benchmark', tmp_path / 'x.json')
+        Path(tmp_path / 'x.json').write_text('{"a": 1}')
+        with pytest.raises(ValueError, match='not what `poolattn bench models --json` prints'):
+            read_benchmark(tmp_path / 'x.json')
+        assert not list(tmp_path.glob('report*'))

@@ -1,0 +1,6 @@
+from .cache import cache_dir
+from .errors import MissingFileError, UserError
+from .files import remove_leftovers, replacing, write_text
+from .names import look_up
+
+__all__ = ['MissingFileError', 'UserError', 'cache_dir', 'look_up', 'remove_leftovers', 'replacing', 'write_text']

@@ -1,0 +1,127 @@
+"""The one way to write a file or a folder: whole or not at all, whenever the process ends."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from glob import escape
+from pathlib import Path
+
+from .errors import UserError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, where a killed run's leftovers stay until they are deleted by hand
+    fcntl = None
+
+#: What the disk or its owner refuses, by errno.
+_REFUSED = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY),
+)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a path to write to; when the block ends well, what it wrote takes the place of `path`.
+
+    The yielded path has the name of `path`, in a hidden folder of unpredictable name beside it. A file is on the disk
+    before it gets its name. An old folder is moved aside and deleted. If the block raises, or the process is killed,
+    `path` is as it was, and the next writer of the same path removes what was left.
+
+    Args:
+        path: a file or a folder. A symbolic link keeps being one: what it points to is replaced.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written to.
+    """
+    path = Path(os.path.realpath(path))
+    with _refusals(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        folder = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent))
+    lock = _lock(folder)
+    try:
+        with _refusals(path):
+            temp = folder / path.name
+            yield temp
+            for file in [temp] if temp.is_file() else temp.rglob('*'):
+                _sync(file)
+            if path.is_dir() and not path.is_symlink():
+                path.rename(folder / 'old')  # a kill right here: `remove_leftovers` moves it back
+            os.replace(temp, path)
+            _sync(path.parent)
+    finally:
+        if not path.exists() and (folder / 'old').exists():
+            (folder / 'old').rename(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file by `replacing`."""
+    with replacing(path) as temp:
+        temp.write_text(text, encoding='utf-8', newline='')
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed writers of `path` left, and move back an old folder that one had just moved aside."""
+    for folder in path.parent.glob(f'.{escape(path.name)}.*.tmp'):
+        lock = _lock(folder)
+        if lock is None:  # its writer is at work
+            continue
+        old = folder / 'old'
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the lock on `folder` until it is closed or its process ends; None if another has it."""
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # removed meanwhile
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _sync(path: Path) -> None:
+    with suppress(OSError):  # not every file system can
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Turn what means that `path` cannot be written into a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        # safetensors' and torch's writers lose the errno, and keep the words or the place
+        known = getattr(e, 'errno', None) in _REFUSED or 'os error 28' in str(e) or 'No space left' in str(e)
+        full = isinstance(e, RuntimeError) and _free(path) < 2**20
+        if not known and not full:
+            raise
+        reason = getattr(e, 'strerror', None) or 'no space left on the disk'
+        raise UserError(f'{path}: cannot be written: {reason}; {_free(path) / 1e9:.2f} GB are free there') from e
+
+
+def _free(path: Path) -> int:
+    folder = next((p for p in path.parents if p.is_dir()), Path('/'))
+    return shutil.disk_usage(folder).free
