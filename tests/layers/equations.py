@@ -90,16 +90,44 @@ def fa_weight(x, u, k):
     return torch.stack([x[i] + (u[i] - x[i]) * k[i, 0] for i in range(len(x))])  # Eq. 9
 
 
-def srm(x, cfc, eps, bn_eps):
-    """In evaluation mode, with running mean 0 and variance 1, weight 1 and bias 0."""
-    out = torch.empty_like(x)
-    for b in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            mean = x[b, c].sum() / x[b, c].numel()
-            var = ((x[b, c] - mean) ** 2).sum() / x[b, c].numel()
-            z = cfc[c, 0] * mean + cfc[c, 1] * (var + eps) ** 0.5
-            out[b, c] = x[b, c] * sigmoid(z / (1 + bn_eps) ** 0.5)
-    return out
+def batch_norm(x, weight, bias, eps):
+    """In training: x (B, C, ...) by the mean and biased variance of its channels."""
+    dims = [0, *range(2, x.ndim)]
+    n = x.numel() // x.shape[1]
+    mean = x.sum(dims, keepdim=True) / n
+    var = ((x - mean) ** 2).sum(dims, keepdim=True) / n
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    return (x - mean) / (var + eps) ** 0.5 * weight.view(shape) + bias.view(shape)
+
+
+def srm(x, cfc, eps, norm):
+    """norm: (B, C) -> (B, C), the batch norm before the sigmoid."""
+    n = x.shape[2] * x.shape[3]
+    mean = x.sum((2, 3)) / n
+    var = ((x - mean[:, :, None, None]) ** 2).sum((2, 3)) / n
+    z = cfc[:, 0] * mean + cfc[:, 1] * (var + eps) ** 0.5
+    return x * sigmoid(norm(z))[:, :, None, None]
+
+
+def se(x, w1, w2, b1=0, b2=0):
+    pooled = x.sum((2, 3)) / (x.shape[2] * x.shape[3])
+    return x * sigmoid(torch.clamp(pooled @ w1.T + b1, min=0) @ w2.T + b2)[:, :, None, None]
+
+
+def se2(x, w1, w2):
+    pooled = x.sum((2, 3)) / (x.shape[2] * x.shape[3]), x.flatten(2).max(2).values
+    return x * sigmoid(sum(torch.clamp(s @ w1.T, min=0) @ w2.T for s in pooled))[:, :, None, None]
+
+
+def eca(x, weight):
+    """weight: (k,), over neighbouring channels, with zeros beyond the first and the last."""
+    pooled = x.sum((2, 3)) / (x.shape[2] * x.shape[3])
+    half, c = len(weight) // 2, x.shape[1]
+    z = torch.zeros_like(pooled)
+    for j in range(c):
+        near = [(i, j + i - half) for i in range(len(weight)) if 0 <= j + i - half < c]
+        z[:, j] = sum(weight[i] * pooled[:, n] for i, n in near)
+    return x * sigmoid(z)[:, :, None, None]
 
 
 def sge(x, groups, weight, bias, eps):

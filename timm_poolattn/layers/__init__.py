@@ -1,8 +1,8 @@
-from ._steps import fa_weight
 from .cbam import CBAM
 from .create_gate import GATES, create_gate
-from .focus_association import Association, Focus, FocusAssociation, fa_weight_unskipped
+from .focus_association import Association, Focus, FocusAssociation, fa_weight, fa_weight_unskipped
 from .identity_init import IdentityInit
+from .max_min_pool import max_min_pool, set_fused_pool, use_fused_pool
 from .saam import SAAM
 from .sge import SGE
 from .spem import REWEIGHT_FORMS, SPEM
@@ -23,4 +23,7 @@ __all__ = [
     'create_gate',
     'fa_weight',
     'fa_weight_unskipped',
+    'max_min_pool',
+    'set_fused_pool',
+    'use_fused_pool',
 ]

@@ -1,5 +1,7 @@
 import torch
-from timm.layers.trace_utils import _assert
+from timm.layers.trace_utils import _assert  # what timm's own layers assert by
+
+from ..utils import UserError
 
 
 def check_channels(x: torch.Tensor, channels: int, name: str) -> None:
@@ -13,4 +15,4 @@ def check_channels(x: torch.Tensor, channels: int, name: str) -> None:
 def check_rd_ratio(channels: int, rd_ratio: float, name: str) -> None:
     """Refuse a ratio of hidden channels that leaves less than one of `channels`."""
     if channels * rd_ratio < 1:
-        raise ValueError(f'{name}: rd_ratio={rd_ratio:.4g} leaves no hidden channel of {channels}; 1/{channels} does')
+        raise UserError(f'{name}: rd_ratio={rd_ratio:.4g} leaves no hidden channel of {channels}; 1/{channels} does')

@@ -8,6 +8,7 @@ from timm.layers.cbam import ChannelAttn
 from torch import nn
 from torch.nn import functional as F
 
+from ..utils import UserError
 from .arguments import check_channels, check_rd_ratio
 
 
@@ -18,13 +19,13 @@ class CBAM(nn.Module):
 
     Args:
         channels: C, the channels of the input.
-        rd_ratio: hidden channels of the channel gate over C. Default: 1/4.
-        kernel_size: of the spatial gate, odd. Default: 5.
+        rd_ratio: hidden channels of the channel gate over C.
+        kernel_size: of the spatial gate, odd.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: an even `kernel_size`, or an `rd_ratio` that leaves no channel.
+        UserError: an even `kernel_size`, or an `rd_ratio` that leaves no channel.
         AssertionError: the input has another number of channels.
     """
 
@@ -38,7 +39,7 @@ class CBAM(nn.Module):
         dtype=None,
     ) -> None:
         if kernel_size % 2 != 1:
-            raise ValueError(f'CBAM: kernel_size={kernel_size} must be odd')
+            raise UserError(f'CBAM: kernel_size={kernel_size} must be odd')
         check_rd_ratio(channels, rd_ratio, 'CBAM')
         dd = {'device': device, 'dtype': dtype}
         super().__init__()

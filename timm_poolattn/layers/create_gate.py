@@ -4,6 +4,7 @@ from timm.layers import EcaModule, SEModule, create_attn
 from timm.layers.cbam import ChannelAttn
 from torch import nn
 
+from ..utils import look_up
 from .arguments import check_rd_ratio
 from .cbam import CBAM
 from .identity_init import IdentityInit
@@ -41,13 +42,11 @@ def create_gate(name: str, channels: int, *, identity_init: bool = False, **kwar
     Args:
         name: one of `GATES`.
         channels: C, the channels of the input.
-        identity_init: start without effect, see `IdentityInit`. Default: False.
+        identity_init: start without effect, see `IdentityInit`.
         **kwargs: of the gate's constructor.
 
     Raises:
-        ValueError: a name that `GATES` does not hold, or what the gate's constructor refuses.
+        UserError: a name that `GATES` does not hold, or what the gate's constructor refuses.
     """
-    if name not in GATES:
-        raise ValueError(f'unknown gate {name!r}; choose from {", ".join(GATES)}')
-    gate = create_attn(GATES[name], channels, **kwargs)
+    gate = create_attn(GATES[look_up('gate', name, GATES)], channels, **kwargs)
     return IdentityInit(gate) if identity_init else gate

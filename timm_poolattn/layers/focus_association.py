@@ -12,10 +12,11 @@ from collections.abc import Callable
 
 import torch
 from timm.layers import make_divisible
+from timm.layers.trace_utils import _assert
 from torch import nn
 from torch.nn import functional as F
 
-from ._steps import fa_weight, small_linear, spatial_mean
+from ..utils import UserError
 from .arguments import check_channels, check_rd_ratio
 
 
@@ -26,12 +27,12 @@ class Focus(nn.Module):
 
     Args:
         channels: C, the channels of X_i.
-        rd_ratio: hidden channels over C. Default: 1/4, the paper's r1 = 4.
+        rd_ratio: hidden channels over C. The paper's r1 = 4 is 1/4.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: an `rd_ratio` that leaves no channel.
+        UserError: an `rd_ratio` that leaves no channel.
         AssertionError: the input has another number of channels.
     """
 
@@ -46,10 +47,8 @@ class Focus(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_channels(x, self.channels, 'Focus')
-        f = spatial_mean(x)  # Eq. 5
-        if torch.jit.is_scripting():
-            return F.sigmoid(self.fc2(F.relu(self.fc1(f))))
-        return F.sigmoid(small_linear(self.fc2, F.relu(small_linear(self.fc1, f))))  # Eq. 6, 7
+        f = x.mean((2, 3))  # Eq. 6
+        return F.sigmoid(self.fc2(F.relu(self.fc1(f))))  # Eq. 5, 7
 
 
 class Association(nn.Module):
@@ -59,7 +58,7 @@ class Association(nn.Module):
 
     Args:
         index: i, at least 2.
-        expand_ratio: hidden width over i. Default: 4, the paper's r2.
+        expand_ratio: hidden width over i, the paper's r2.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
@@ -72,9 +71,7 @@ class Association(nn.Module):
         self.fc2 = nn.Linear(expand_ratio * index, 1, **dd)  # W4, b4
 
     def forward(self, s: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting():
-            return F.sigmoid(self.fc2(F.relu(self.fc1(s))))
-        return F.sigmoid(small_linear(self.fc2, F.relu(small_linear(self.fc1, s))))
+        return F.sigmoid(self.fc2(F.relu(self.fc1(s))))
 
 
 class FocusAssociation(nn.Module):
@@ -85,15 +82,15 @@ class FocusAssociation(nn.Module):
     Args:
         channels: C, the channels of X_i.
         index: i, at least 1.
-        rd_ratio: hidden channels of the focus over C. Default: 1/4, the paper's r1 = 4.
-        expand_ratio: hidden width of the association over i. Default: 4, the paper's r2.
+        rd_ratio: hidden channels of the focus over C. The paper's r1 = 4 is 1/4.
+        expand_ratio: hidden width of the association over i, the paper's r2.
         identity_init: start without effect: 1 + alpha (k_i - 1) in place of k_i, with a learned alpha that starts at
-            0. Default: False.
+            0.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: `index` below 1 (block 0 is the benchmark and has no gate), or an `rd_ratio` that leaves no channel.
+        UserError: `index` below 1 (block 0 is the benchmark and has no gate), or an `rd_ratio` that leaves no channel.
         AssertionError: the input has another number of channels, or `ks` another number of earlier k.
     """
 
@@ -109,7 +106,7 @@ class FocusAssociation(nn.Module):
         dtype=None,
     ) -> None:
         if index < 1:
-            raise ValueError(f'FocusAssociation: index={index} must be at least 1; block 0 is the benchmark, ungated')
+            raise UserError(f'FocusAssociation: index={index} must be at least 1; block 0 is the benchmark, ungated')
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.index = index
@@ -118,11 +115,16 @@ class FocusAssociation(nn.Module):
         self.register_parameter('alpha', nn.Parameter(torch.zeros((), **dd)) if identity_init else None)
 
     def forward(self, x: torch.Tensor, ks: list[torch.Tensor]) -> torch.Tensor:
-        torch._assert(len(ks) == self.index - 1, 'FocusAssociation: block i takes the i - 1 earlier k of its stage')
+        _assert(len(ks) == self.index - 1, 'FocusAssociation: block i takes the i - 1 earlier k of its stage')
         k = self.focus(x)
         if self.association is not None:
             k = self.association(torch.cat(ks + [k], dim=1))
         return k if self.alpha is None else 1 + self.alpha * (k - 1)
+
+
+def fa_weight(x: torch.Tensor, u: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """X_{i+1} = X_i + (U_i - X_i) k_i, Eq. 9. Shapes: x and u (B, C, H, W), k (B, 1) -> (B, C, H, W)."""
+    return torch.lerp(x, u, k.to(x.dtype)[:, :, None, None])
 
 
 def fa_weight_unskipped(
@@ -139,8 +141,10 @@ def fa_weight_unskipped(
         k: k_i, (B, 1).
         run: U_i of the samples that it is given the indices of.
         threshold: in [0, 1].
-        per_sample: run the samples above the threshold alone. Default: True. False: run all of them or none.
+        per_sample: run the samples above the threshold alone; else all of them or none.
     """
+    if torch.jit.is_tracing():
+        raise UserError('a trace cannot skip: it would keep what ran for one input; set_skip_threshold(model, 0) first')
     active = (k >= threshold).flatten()
     if not active.any():
         return x

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..utils import UserError
 from .arguments import check_channels
 
 
@@ -18,19 +19,19 @@ class SGE(nn.Module):
 
     Args:
         channels: C, the channels of the input.
-        groups: G, the groups of channels; 2G parameters. Default: 8. (No printed count of the SPEM paper settles it.)
-        eps: added to the standard deviation. Default: 1e-5.
+        groups: G, the groups of channels; 2G parameters. (No printed count of the SPEM paper settles it.)
+        eps: added to the standard deviation.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: `groups` does not divide `channels`.
+        UserError: `groups` does not divide `channels`.
         AssertionError: the input has another number of channels.
     """
 
     def __init__(self, channels: int, *, groups: int = 8, eps: float = 1e-5, device=None, dtype=None) -> None:
         if channels % groups:
-            raise ValueError(f'SGE: groups={groups} must divide channels={channels}')
+            raise UserError(f'SGE: groups={groups} must divide channels={channels}')
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.channels = channels

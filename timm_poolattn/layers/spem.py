@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ._steps import max_min_pool, scale
+from ..utils import UserError
 from .arguments import check_channels
+from .max_min_pool import max_min_pool
 
 #: Ways to build v_rew: Eq. 5-6, rows a-g of Table 4, its last row, and the authors' published code.
 REWEIGHT_FORMS = (
@@ -28,14 +29,14 @@ REWEIGHT_FORMS = (
 class SPEM(nn.Module):
     """Channel attention from a learned mix of global max and min pooling, Eq. 1-7.
 
-    Shape: (B, C, H, W) -> (B, C, H, W), any B and any H, W >= 1. Where several positions share the maximum (or the
-    minimum) of a channel, they share its gradient; in eager mode on a GPU or with channels last, one of them gets it.
+    Shape: (B, C, H, W) -> (B, C, H, W), any B and any H, W >= 1. Which of several equal extremes gets the gradient:
+    see `max_min_pool`.
 
     Args:
         channels: C, the channels of the input.
         fixed_lambda: a constant in [0, 1] in place of the learned lambda of Eq. 3 (the rows of Table 3).
-            Default: None, learned.
-        reweight: how v_rew is built, one of `REWEIGHT_FORMS`. Default: 'sum', Eq. 5-6. 'public' is the form of the
+            None learns it.
+        reweight: how v_rew is built, one of `REWEIGHT_FORMS`. 'sum' is Eq. 5-6, 'public' the form of the
             authors' published code, whose checkpoints it loads: both pools first pass g_rew, so that beta_rew counts
             twice in v_rew, and u mixes the transformed pools.
         device: Device of the parameters.
@@ -44,7 +45,7 @@ class SPEM(nn.Module):
     Parameters are 4C + 2; 6C + 2 where unshared, 2C + 2 without reweighting, and 2 less where lambda is fixed.
 
     Raises:
-        ValueError: `fixed_lambda` outside [0, 1] or an unknown `reweight`.
+        UserError: `fixed_lambda` outside [0, 1] or an unknown `reweight`.
         AssertionError: the input has another number of channels.
     """
 
@@ -58,9 +59,9 @@ class SPEM(nn.Module):
         dtype=None,
     ) -> None:
         if fixed_lambda is not None and not 0.0 <= fixed_lambda <= 1.0:
-            raise ValueError(f'SPEM: fixed_lambda={fixed_lambda} must lie in [0, 1]; None learns it')
+            raise UserError(f'SPEM: fixed_lambda={fixed_lambda} must lie in [0, 1]; None learns it')
         if reweight not in REWEIGHT_FORMS:
-            raise ValueError(f'SPEM: unknown reweight={reweight!r}; choose from {", ".join(REWEIGHT_FORMS)}')
+            raise UserError(f'SPEM: unknown reweight={reweight!r}; choose from {", ".join(REWEIGHT_FORMS)}')
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.channels = channels
@@ -94,19 +95,12 @@ class SPEM(nn.Module):
         """p0^2 + p1^2 of Eq. 8, a scalar without its eta; zero where lambda is fixed."""
         return self.beta_exc.new_zeros(()) if self.p is None else self.p.square().sum()
 
-    @torch.jit.ignore
     def pool_lambda(self) -> torch.Tensor:
         """lambda of Eq. 3, a scalar: the weight of max pooling, in [0, 1]."""
         if self.p is None:
-            return self.beta_exc.new_tensor(self.fixed_lambda)
-        return self.p[0].square() / self.p.square().sum()
-
-    def _mix(self, f_max: torch.Tensor, f_min: torch.Tensor) -> torch.Tensor:
-        if self.p is None:
-            return torch.lerp(f_min, f_max, self.fixed_lambda)  # Eq. 2
+            return self.beta_exc.new_full((), self.fixed_lambda)
         p2 = self.p.square()
-        lambda_ = (p2 / p2.sum())[0]  # Eq. 3
-        return torch.lerp(f_min, f_max, lambda_)  # Eq. 2
+        return (p2 / p2.sum())[0]
 
     def _v_rew(self, f_max: torch.Tensor, f_min: torch.Tensor) -> torch.Tensor:
         gamma, beta = self.gamma_rew, self.beta_rew
@@ -124,36 +118,18 @@ class SPEM(nn.Module):
             return F.sigmoid(gamma * f_max + beta)
         elif self.reweight == 'min':
             return F.sigmoid(gamma * f_min + beta)
-        return F.sigmoid(torch.addcmul(beta, gamma, f_min + f_max))  # Eq. 5-6
-
-    def _gate(
-        self,
-        x: torch.Tensor,
-        shortcut: torch.Tensor | None = None,
-        affine: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        check_channels(x, self.channels, 'SPEM')
-        x, f_max, f_min = max_min_pool(x)  # Eq. 1
-        if affine is not None:
-            a, d = affine
-            f_max, f_min = torch.addcmul(d, f_max, a), torch.addcmul(d, f_min, a)
-            f_max, f_min = torch.maximum(f_max, f_min), torch.minimum(f_max, f_min)  # a < 0 swaps them
-        if self.reweight == 'public':
-            f_max = f_max * self.gamma_rew + self.beta_rew
-            f_min = f_min * self.gamma_rew + self.beta_rew
-        u = self._mix(f_max, f_min)
-        v = F.sigmoid(torch.addcmul(self.beta_exc, self.gamma_exc, u))  # v_exc, Eq. 4
-        if self.reweight == 'public':
-            v = v * F.sigmoid(f_max + f_min)
-        elif self.reweight != 'none':
-            v = v * self._v_rew(f_max, f_min)  # Eq. 7
-        return scale(x, v, shortcut, affine)
+        elif self.reweight == 'public':
+            return F.sigmoid(f_max + f_min)
+        return F.sigmoid(gamma * (f_min + f_max) + beta)  # Eq. 5, 6
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._gate(x)
-
-    def forward_add(
-        self, x: torch.Tensor, shortcut: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        """forward(x) + shortcut, or with `affine` = (a, d), (C) each, forward(a x + d) + shortcut: in fewer passes."""
-        return self._gate(x, shortcut, affine)
+        check_channels(x, self.channels, 'SPEM')
+        f_max, f_min = max_min_pool(x)  # Eq. 1
+        if self.reweight == 'public':
+            f_max, f_min = self.gamma_rew * f_max + self.beta_rew, self.gamma_rew * f_min + self.beta_rew
+        lambda_ = self.pool_lambda()  # Eq. 3
+        u = lambda_ * f_max + (1 - lambda_) * f_min  # Eq. 2
+        v = F.sigmoid(self.gamma_exc * u + self.beta_exc)  # v_exc, Eq. 4
+        if self.reweight != 'none':
+            v = v * self._v_rew(f_max, f_min)
+        return x * v.to(x.dtype)[:, :, None, None]  # Eq. 7

@@ -19,7 +19,7 @@ class SRM(nn.Module):
 
     Args:
         channels: C, the channels of the input.
-        eps: added to the variance under the root. Default: 1e-5.
+        eps: added to the variance under the root.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 

@@ -1,6 +1,6 @@
 """What the small-image networks share: stages with FA over blocks and stages, and timm's model API on top of them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,15 +9,45 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from ..layers import FocusAssociation, fa_weight, fa_weight_unskipped
+from ..layers import FocusAssociation, create_gate, fa_weight, fa_weight_unskipped
+from ..utils import UserError, look_up
 
 
-def check_gate(model: str, gate: str | None, gate_kwargs: dict[str, Any] | None, carried: Iterable[str]) -> None:
-    """Refuse a gate that `model` cannot carry, and keyword arguments that no channel gate would take."""
-    if gate is not None and gate not in carried:
-        raise ValueError(f'{model} carries no gate {gate!r}; choose from {", ".join(carried)}, or None')
-    if gate_kwargs and gate in (None, 'fa'):
-        raise ValueError(f'{model}: gate_kwargs={gate_kwargs} are of a channel gate, and gate={gate!r} is none')
+def split_gate(
+    model: str, gate: str | None, gate_kwargs: dict[str, Any] | None, carried: Iterable[str]
+) -> tuple[str | None, bool]:
+    """Return the channel gate that `gate` puts into the blocks, and True if FA goes over them.
+
+    Args:
+        model: whose constructor asks, for the messages.
+        gate: as its argument.
+        gate_kwargs: as its argument.
+        carried: the gates that the model can have.
+
+    Raises:
+        UserError: a gate that the model cannot carry, or keyword arguments that no channel gate would take.
+    """
+    if gate is not None:
+        look_up(f'gate of {model}', gate, carried, 'or None')
+    channel_gate = {'fa': None, 'fase': 'se'}.get(gate, gate)
+    if gate_kwargs and channel_gate is None:
+        raise UserError(f'{model}: gate_kwargs={gate_kwargs} are of a channel gate, and gate={gate!r} is none')
+    return channel_gate, gate in ('fa', 'fase')
+
+
+def small_gates(
+    model: str, gate: str | None, gate_kwargs: dict[str, Any] | None, rd_ratio: float, **dd
+) -> tuple[Callable[[int], nn.Module | None], Callable[[int, int], FocusAssociation | None]]:
+    """Makers of what VGG-19 and Inception-v4 carry: SE for a width, and FA for a width and an index.
+
+    Each makes None where `gate` does not ask for it; block 0 is the benchmark of Eq. 2 and has no FA.
+    """
+    channel_gate, has_fa = split_gate(model, gate, gate_kwargs, ('se', 'fa', 'fase'))
+    se_kwargs = {'rd_ratio': rd_ratio, **(gate_kwargs or {}), **dd}
+    return (
+        lambda width: create_gate('se', width, **se_kwargs) if channel_gate else None,
+        lambda width, index: FocusAssociation(width, index, **dd) if has_fa and index else None,
+    )
 
 
 class Stage(nn.Module):
@@ -56,7 +86,7 @@ class Stage(nn.Module):
             return self.run_blocks(x, matched)
         k = self.fa(matched, stage_ks)
         stage_ks.append(k)
-        if not torch.jit.is_scripting() and self.skip_threshold > 0 and not self.training:
+        if self.skip_threshold > 0 and not self.training:
             return self._run_unskipped(x, matched, k)
         return fa_weight(matched, self.run_blocks(x, matched), k)
 
@@ -66,7 +96,7 @@ class Stage(nn.Module):
         for i, block in enumerate(self.blocks):
             if block.fa is not None:
                 ks.append(block.fa(x, ks))
-            if not torch.jit.is_scripting() and self.skip_threshold > 0 and not self.training and block.fa is not None:
+            if block.fa is not None and self.skip_threshold > 0 and not self.training:
                 x = self._run_block_unskipped(i, x, ks[-1])
             else:
                 if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -77,7 +107,7 @@ class Stage(nn.Module):
             shortcut = x
         return x
 
-    @torch.jit.unused
+    @torch.jit.unused  # a scripted model raises here
     def _run_unskipped(self, x: torch.Tensor, matched: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         run = lambda index: self.run_blocks(x[index], matched[index])  # noqa: E731
         return fa_weight_unskipped(matched, k, run, self.skip_threshold, self.skip_per_sample)
@@ -95,15 +125,15 @@ def set_skip_threshold(model: nn.Module, threshold: float, per_sample: bool = Tr
         model: one of ours with FA gates, or one that `insert(model, 'fa')` gave them.
         threshold: in [0, 1]. 0 is exactly the plain forward.
         per_sample: skip them for the samples below it, which runs the others gathered in a smaller batch.
-            Default: True. False: only where the whole batch is below it.
+            False: only where the whole batch is below it.
 
     Raises:
-        ValueError: a threshold outside [0, 1], or a model without FA.
+        UserError: a threshold outside [0, 1], or a model without FA.
     """
     if not 0 <= threshold <= 1:
-        raise ValueError(f'threshold={threshold} must lie in [0, 1]')
+        raise UserError(f'threshold={threshold} must lie in [0, 1]')
     if not any(isinstance(module, FocusAssociation) for module in model.modules()):
-        raise ValueError('nothing to skip: the model has no FA gates; *_fa and *_fase models have')
+        raise UserError('nothing to skip: the model has no FA gates; *_fa and *_fase models have')
     for module in model.modules():
         if hasattr(module, 'skip_threshold'):
             module.skip_threshold = float(threshold)

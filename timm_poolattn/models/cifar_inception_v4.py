@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import ConvNormAct, create_attn, register_notrace_module, to_2tuple
+from timm.layers import ConvNormAct, to_2tuple
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models.inception_v4 import (
     InceptionA,
@@ -23,29 +23,23 @@ from timm.models.inception_v4 import (
     ReductionA,
     ReductionB,
 )
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
-from ..layers import GATES, FocusAssociation
+from ..layers import FocusAssociation
 from ._registry import read_default_cfgs, register_models
-from ._stage import Stage, StagedNet, check_gate
+from ._stage import Stage, StagedNet, small_gates
 
 __all__ = ['CifarInceptionV4']
 
 _STAGES = ((InceptionA, 4, 384), (InceptionB, 7, 1024), (InceptionC, 3, 1536))
 
 
-@register_notrace_module  # its control flow depends on the shape
-class PadToSize(nn.Module):
-    """Zero-pad smaller images to size x size."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h, w = max(self.size - x.shape[2], 0), max(self.size - x.shape[3], 0)
-        return F.pad(x, [w // 2, w - w // 2, h // 2, h - h // 2])
+@fx.wrap  # its control flow depends on the shape
+def pad_to_size(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Zero-pad smaller images (B, C, H, W) to size x size."""
+    h, w = max(size - x.shape[2], 0), max(size - x.shape[3], 0)
+    return F.pad(x, [w // 2, w - w // 2, h // 2, h - h // 2])
 
 
 def _conv(in_chs: int, out_chs: int, kernel_size, stride: int = 1, padding=None, seven: int = 7, **dd) -> nn.Module:
@@ -80,18 +74,18 @@ class CifarInceptionV4(StagedNet):
     """Inception-v4 with an SE gate after each block, FA over blocks and stages, or both.
 
     Args:
-        gate: 'se', 'fa', 'fase' or None. Default: None.
+        gate: 'se', 'fa', 'fase' or None.
         gate_kwargs: keyword arguments of the SE gate. Its ratio is 1/8 by default.
-        num_classes: 0 for no classifier. Default: 10.
-        in_chans: Default: 3.
-        global_pool: Default: 'avg'.
-        drop_rate: dropout before the classifier. Default: 0.
-        img_size: side of the images, which `feature_info` refers to; the forward takes any. Default: 32.
+        num_classes: 0 for no classifier.
+        in_chans: channels of the images.
+        global_pool: timm's pooling names, '' for none.
+        drop_rate: dropout before the classifier.
+        img_size: side of the images, which `feature_info` refers to; the forward takes any.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: an unknown gate, or `gate_kwargs` without a gate to take them.
+        UserError: an unknown gate, or `gate_kwargs` without a gate to take them.
     """
 
     stem_pattern = r'^stem'
@@ -108,16 +102,13 @@ class CifarInceptionV4(StagedNet):
         device=None,
         dtype=None,
     ) -> None:
-        check_gate('CifarInceptionV4', gate, gate_kwargs, ('se', 'fa', 'fase'))
         dd = {'device': device, 'dtype': dtype}
+        make_se, make_fa = small_gates('CifarInceptionV4', gate, gate_kwargs, 1 / 8, **dd)
         super().__init__()
         self.in_chans = in_chans
         self.gate = gate
-        has_fa = gate in ('fa', 'fase')
-        se = partial(GATES['se'], rd_ratio=1 / 8) if gate in ('se', 'fase') else None
-        se_kwargs = {**(gate_kwargs or {}), **dd}
 
-        self.pad = PadToSize(96)
+        self.least_side = 96  # smaller images are padded to it
         self.stem = nn.Sequential(
             _conv(in_chans, 32, kernel_size=3, stride=2, **dd),
             _conv(32, 32, kernel_size=3, **dd),
@@ -126,7 +117,7 @@ class CifarInceptionV4(StagedNet):
             Mixed4a(_conv, **dd),
             Mixed5a(_conv, **dd),
         )
-        reduction = 8 * img_size / max(img_size, self.pad.size)  # of the image before it is padded
+        reduction = 8 * img_size / max(img_size, self.least_side)  # of the image before it is padded
         self.feature_info = [dict(num_chs=384, reduction=reduction, module='stem')]
         small_conv = partial(_conv, seven=5)
         stages = []
@@ -134,8 +125,8 @@ class CifarInceptionV4(StagedNet):
             blocks = [
                 InceptionBlock(
                     block(small_conv, **dd),
-                    gate=create_attn(se, width, **se_kwargs),
-                    fa=FocusAssociation(width, i, **dd) if has_fa and i else None,
+                    gate=make_se(width),
+                    fa=make_fa(width, i),
                 )
                 for i in range(count)
             ]
@@ -143,7 +134,7 @@ class CifarInceptionV4(StagedNet):
             stages.append(
                 Stage(
                     blocks,
-                    fa=FocusAssociation(width, s, **dd) if has_fa and s else None,
+                    fa=make_fa(width, s),
                     reduction=reduction_block(small_conv, **dd) if reduction_block else None,
                 )
             )
@@ -155,7 +146,7 @@ class CifarInceptionV4(StagedNet):
         self._set_head(num_classes, global_pool, drop_rate, **dd)
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
-        return self.stem(self.pad(x))
+        return self.stem(pad_to_size(x, self.least_side))
 
 
 def create_cifar_inception_v4(variant: str, pretrained: bool = False, **kwargs) -> CifarInceptionV4:

@@ -25,9 +25,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..layers import GATES, FocusAssociation
-from ._gated import add_gated
+from ..utils import UserError, look_up
 from ._registry import read_default_cfgs, register_models
-from ._stage import Stage, StagedNet, check_gate
+from ._stage import Stage, StagedNet, split_gate
 
 __all__ = ['CifarResNet']
 
@@ -105,12 +105,8 @@ class BasicBlock(_Block):
 
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         x = self.act1(self.bn1(self.conv1(x)))
-        x = self.conv2(x)
-        if torch.jit.is_scripting():
-            x = self.drop_path(self.gate(self.bn2(x))) + shortcut
-        else:
-            x = add_gated(self, self.bn2, x, shortcut)
-        return self.act2(x)
+        x = self.bn2(self.conv2(x))
+        return self.act2(self.drop_path(self.gate(x)) + shortcut)
 
     def zero_init_last(self) -> None:
         """Start as the identity."""
@@ -158,12 +154,8 @@ class Bottleneck(_Block):
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.bn2(self.conv2(x)))
-        x = self.conv3(x)
-        if torch.jit.is_scripting():
-            x = self.drop_path(self.gate(self.bn3(x))) + shortcut
-        else:
-            x = add_gated(self, self.bn3, x, shortcut)
-        return self.act3(x)
+        x = self.bn3(self.conv3(x))
+        return self.act3(self.drop_path(self.gate(x)) + shortcut)
 
     def zero_init_last(self) -> None:
         """Start as the identity."""
@@ -187,25 +179,25 @@ class CifarResNet(StagedNet):
 
     Args:
         depth: 6n+2 with basic blocks, 9n+2 with bottlenecks and ResNeXt blocks.
-        block: 'basic', 'bottleneck' or 'resnext'. Default: 'basic'.
+        block: 'basic', 'bottleneck' or 'resnext'.
         gate: one of `timm_poolattn.layers.GATES`, 'fa', 'fase' (FA over blocks with SE in them), or None. It sits on
             the last BN's output, before the shortcut is added.
-        flavour: whose backbone, a key of `FLAVOURS`. Default: 'spem' with bottlenecks, 'resnext' with ResNeXt blocks,
+        flavour: whose backbone, a key of `FLAVOURS`. None is 'spem' with bottlenecks, 'resnext' with ResNeXt blocks,
             with basic blocks 'fa' where there is FA and else 'saam'.
         gate_kwargs: keyword arguments of the gate (of the SE in it, for 'fase'), over the flavour's own form of it.
-        num_classes: 0 for no classifier. Default: 10.
-        in_chans: Default: 3.
-        global_pool: timm's pooling names, '' for none. Default: 'avg'.
-        stem_stride: 2 for 64x64 images. Default: 1.
-        drop_rate: dropout before the classifier. Default: 0.
-        drop_path_rate: stochastic depth of the last block, growing linearly over depth. Default: 0.
-        act_layer: Default: ReLU.
-        norm_layer: Default: BatchNorm2d.
+        num_classes: 0 for no classifier.
+        in_chans: channels of the images.
+        global_pool: timm's pooling names, '' for none.
+        stem_stride: 2 for 64x64 images.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly over depth.
+        act_layer: of every block.
+        norm_layer: behind every conv.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: a depth that the block does not allow (it names the nearest), an unknown block, gate or flavour, or
+        UserError: a depth that the block does not allow (it names the nearest), an unknown block, gate or flavour, or
             `gate_kwargs` without a gate to take them.
     """
 
@@ -229,19 +221,15 @@ class CifarResNet(StagedNet):
         device=None,
         dtype=None,
     ) -> None:
-        if block not in BLOCKS:
-            raise ValueError(f'unknown block {block!r}; choose from {", ".join(BLOCKS)}')
-        check_gate('CifarResNet', gate, gate_kwargs, (*GATES, 'fa', 'fase'))
-        has_fa = gate in ('fa', 'fase')
+        look_up('block', block, BLOCKS)
+        channel_gate, has_fa = split_gate('CifarResNet', gate, gate_kwargs, (*GATES, 'fa', 'fase'))
         flavour = flavour or {'bottleneck': 'spem', 'resnext': 'resnext'}.get(block, 'fa' if has_fa else 'saam')
-        if flavour not in FLAVOURS:
-            raise ValueError(f'unknown flavour {flavour!r}; choose from {", ".join(FLAVOURS)}')
-        block_cls, backbone = BLOCKS[block], FLAVOURS[flavour]
+        block_cls, backbone = BLOCKS[block], FLAVOURS[look_up('flavour', flavour, FLAVOURS)]
         per_n = 3 * block_cls.depth
         n, rest = divmod(depth - 2, per_n)
         if rest or n < 1:
             below = max(n, 1) * per_n + 2
-            raise ValueError(
+            raise UserError(
                 f'CifarResNet: depth={depth} must be {per_n}n+2 with {block} blocks;'
                 f' nearest are {below} and {below + per_n}'
             )
@@ -257,7 +245,6 @@ class CifarResNet(StagedNet):
         self.act1 = act_layer(inplace=True)
         self.feature_info = [dict(num_chs=block_cls.stem_width, reduction=stem_stride, module='act1')]
 
-        channel_gate = 'se' if gate == 'fase' else None if gate == 'fa' else gate
         gate_layer = {**GATES, **backbone.gates}[channel_gate] if channel_gate else None
         gate_kwargs = {**(gate_kwargs or {}), **dd}
         in_chs, reduction = block_cls.stem_width, stem_stride

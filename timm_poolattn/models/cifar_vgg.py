@@ -5,17 +5,16 @@ Five blocks of 3x3 convs with bias, one BN a block (before its last activation),
 Paper: `Very Deep Convolutional Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1409.1556
 """
 
-from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import LayerType, create_attn, get_act_layer, get_norm_layer
+from timm.layers import LayerType, get_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, checkpoint
 from torch import nn
 
-from ..layers import GATES, FocusAssociation, fa_weight, fa_weight_unskipped
+from ..layers import FocusAssociation, fa_weight, fa_weight_unskipped
 from ._registry import read_default_cfgs, register_models
-from ._stage import StagedNet, check_gate
+from ._stage import StagedNet, small_gates
 
 __all__ = ['CifarVgg']
 
@@ -61,7 +60,7 @@ class VggBlock(nn.Module):
     def forward(self, x: torch.Tensor, stage_ks: list[torch.Tensor]) -> torch.Tensor:
         if self.fa is not None:
             stage_ks.append(self.fa(x, stage_ks))
-            if not torch.jit.is_scripting() and self.skip_threshold > 0 and not self.training:
+            if self.skip_threshold > 0 and not self.training:
                 return self._run_unskipped(x, stage_ks[-1])
         if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108  TorchScript takes no such ternary
             u = checkpoint(self.body, x)
@@ -69,7 +68,7 @@ class VggBlock(nn.Module):
             u = self.body(x)
         return u if self.fa is None else fa_weight(self.shortcut(x), u, stage_ks[-1])
 
-    @torch.jit.unused
+    @torch.jit.unused  # a scripted model raises here
     def _run_unskipped(self, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         run = lambda index: self.body(x[index])  # noqa: E731
         return fa_weight_unskipped(self.shortcut(x), k, run, self.skip_threshold, self.skip_per_sample)
@@ -79,19 +78,19 @@ class CifarVgg(StagedNet):
     """VGG-19 with an SE gate after each block, FA over its blocks, or both.
 
     Args:
-        gate: 'se', 'fa', 'fase' or None. Default: None.
+        gate: 'se', 'fa', 'fase' or None.
         gate_kwargs: keyword arguments of the SE gate. Its ratio is 1/4 by default.
-        num_classes: 0 for no classifier. Default: 10.
-        in_chans: Default: 3.
-        global_pool: Default: 'max', which matters where images are larger than 32x32.
-        drop_rate: dropout before the classifier. Default: 0.
-        act_layer: Default: ReLU.
-        norm_layer: Default: BatchNorm2d.
+        num_classes: 0 for no classifier.
+        in_chans: channels of the images.
+        global_pool: 'max' matters where images are larger than 32x32.
+        drop_rate: dropout before the classifier.
+        act_layer: of every conv.
+        norm_layer: one a block.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: an unknown gate, or `gate_kwargs` without a gate to take them.
+        UserError: an unknown gate, or `gate_kwargs` without a gate to take them.
     """
 
     stem_pattern = r'^stem'
@@ -109,14 +108,12 @@ class CifarVgg(StagedNet):
         device=None,
         dtype=None,
     ) -> None:
-        check_gate('CifarVgg', gate, gate_kwargs, ('se', 'fa', 'fase'))
         dd = {'device': device, 'dtype': dtype}
+        make_se, make_fa = small_gates('CifarVgg', gate, gate_kwargs, 1 / 4, **dd)
         super().__init__()
         self.in_chans = in_chans
         self.gate = gate
         act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
-        has_fa = gate in ('fa', 'fase')
-        se = partial(GATES['se'], rd_ratio=1 / 4) if gate in ('se', 'fase') else None
 
         self.feature_info = []
         blocks = []
@@ -127,8 +124,8 @@ class CifarVgg(StagedNet):
                     in_chs,
                     width,
                     convs,
-                    gate=create_attn(se, width, **{**(gate_kwargs or {}), **dd}),
-                    fa=FocusAssociation(in_chs, i, **dd) if has_fa and i else None,
+                    gate=make_se(width),
+                    fa=make_fa(in_chs, i),
                     act_layer=act_layer,
                     norm_layer=norm_layer,
                     **dd,

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..layers import GATES, FocusAssociation, create_gate
 from ._registry import register_models
-from ._stage import Stage, check_gate, set_skip_threshold
+from ._stage import Stage, set_skip_threshold, split_gate
 
 __all__ = ['FaResNet', 'GatedResNet']
 
@@ -28,14 +28,14 @@ class GatedResNet(ResNet):
 
     Args:
         layers: blocks of each stage.
-        gate: one of `timm_poolattn.layers.GATES`, or None. Default: None.
-        gate_kwargs: keyword arguments of its constructor. Default: none.
+        gate: one of `timm_poolattn.layers.GATES`, or None.
+        gate_kwargs: keyword arguments of its constructor.
         identity_init: let the gates start without effect, so that a plain backbone's weights give its outputs; see
-            `timm_poolattn.layers.IdentityInit`. Default: False, the papers' gates.
+            `timm_poolattn.layers.IdentityInit`. The papers' gates do not.
         **kwargs: of timm.models.resnet.ResNet.
 
     Raises:
-        ValueError: an unknown gate, or `gate_kwargs` without a gate to take them.
+        UserError: an unknown gate, or `gate_kwargs` without a gate to take them.
     """
 
     block: type[Bottleneck] = Bottleneck
@@ -49,8 +49,7 @@ class GatedResNet(ResNet):
         identity_init: bool = False,
         **kwargs,
     ) -> None:
-        check_gate(type(self).__name__, gate, gate_kwargs, self.gates)
-        channel_gate = {'fa': None, 'fase': 'se'}.get(gate, gate)
+        channel_gate, _ = split_gate(type(self).__name__, gate, gate_kwargs, self.gates)
         create = partial(create_gate, channel_gate, identity_init=identity_init, **(gate_kwargs or {}))
         super().__init__(self.block, layers, block_args=dict(attn_layer=create if channel_gate else None), **kwargs)
         self.gate = gate
@@ -74,7 +73,7 @@ class FaResNet(GatedResNet):
     """timm's ResNet of bottleneck blocks with FA over blocks and stages; arguments as in `GatedResNet`.
 
     Args:
-        gate: 'fa', or 'fase' (FA over blocks with SE in them). Default: 'fa'.
+        gate: 'fa', or 'fase' (FA over blocks with SE in them).
     """
 
     block = FaBottleneck

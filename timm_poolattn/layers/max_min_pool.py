@@ -1,0 +1,75 @@
+"""Global max and min pooling, Eq. 1 of the SPEM paper, in the form that each mode runs fastest.
+
+Autograd's formula for amax compares the whole map with its maximum and counts the ties, in several passes. In eager
+training the positions of the extremes are found first, without a gradient, and the values are gathered there: the
+gradient is then written to those positions alone. Both forms are made of torch's own operators.
+"""
+
+import os
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+_use_fused = os.environ.get('TIMM_POOLATTN_FUSED_POOL', '1') != '0'
+
+
+def use_fused_pool() -> bool:
+    """Return True if eager training gathers the extremes; see `set_fused_pool`."""
+    return _use_fused
+
+
+def set_fused_pool(enable: bool = True) -> None:
+    """Let eager training gather the extremes (the start value), or use amax and amin as every other mode does.
+
+    In the manner of timm's `set_fused_attn`. TIMM_POOLATTN_FUSED_POOL=0 in the environment starts with False.
+    """
+    global _use_fused
+    _use_fused = enable
+
+
+def max_min_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest and smallest value of each map: x (B, C, H, W) -> f_max, f_min, (B, C) each.
+
+    Where several positions hold the extreme, amax and amin share its gradient evenly among them. The gathered form
+    gives it to one of them, as max pooling does. Both are subgradients, with the same sum.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102  nested, so that TorchScript leaves it out
+        if _gathers(x):
+            return _gathered(x)
+    return x.amax((2, 3)), x.amin((2, 3))
+
+
+def _gathers(x: torch.Tensor) -> bool:
+    """Return True in eager training. What is captured as a graph keeps to amax and amin, which inductor fuses."""
+    if not _use_fused or isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _gathered(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    index = torch.ops.timm_poolattn.extreme_positions(x.detach())
+    if x.stride(1) == 1:  # channels last: the gradient gets the layout of x's others, which it is added to
+        return x.permute(0, 2, 3, 1).flatten(1, 2).gather(1, index.mT).unbind(1)
+    return x.flatten(2).gather(2, index).unbind(2)
+
+
+@torch.library.custom_op('timm_poolattn::extreme_positions', mutates_args=())
+def extreme_positions(x: torch.Tensor) -> torch.Tensor:
+    """Positions in H*W of the largest and smallest value of each map: x (B, C, H, W) -> int64, (B, C, 2)."""
+    b, c, h, w = x.shape
+    # on CPU the one search with vector instructions, where channels come last: a copy to that costs less
+    x = x.contiguous(memory_format=torch.channels_last) if x.is_cpu else x
+    found = [F.max_pool2d(y, (h, w), return_indices=True)[1] for y in (x, -x)]
+    return torch.stack(found, dim=4).view(b, c, 2)
+
+
+@extreme_positions.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(*x.shape[:2], 2, dtype=torch.long)
+
+
+@extreme_positions.register_vmap
+def _(info, in_dims: tuple[int], x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    x = x.movedim(in_dims[0], 0)
+    return extreme_positions(x.flatten(0, 1)).unflatten(0, x.shape[:2]), 0
