@@ -1,17 +1,24 @@
 """Every release folder of the repository, used as its users will: by name, without a network."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 
+import timm_poolattn
 from timm_poolattn.data import load_images
 from timm_poolattn.hub import model_card, verify
 from timm_poolattn.inference import evaluate, load_pretrained, predict
-from timm_poolattn.models import multiply_adds, released
+from timm_poolattn.models import multiply_adds, released, save_model
 from timm_poolattn.papers import DATASETS, model_args, table_rows
+from timm_poolattn.utils import UserError
 
 RELEASED = released()
 EMBEDDED = ['resnet20_fa.cifar10', 'resnet20_saam.cifar10', 'resnet20_spem.cifar10']
@@ -118,9 +125,39 @@ def test_the_photo_of_a_cat():
     assert result['predictions'][0]['label'] == 'cat'
 
 
-def test_without_weights():
-    with pytest.raises(RuntimeError, match='No pretrained weights exist for resnet326_srm'):
-        timm.create_model('resnet326_srm', pretrained=True)
+@pytest.mark.parametrize(
+    'name, found',
+    [
+        ('resnet326_srm', 'near models have: resnet'),
+        ('resnet20_saam.tiny_imagenet', 'it has them as resnet20_saam.cifar10, resnet20_saam.cifar100'),
+        ('resnet32_spem.cifar100', 'near models have: resnet20_spem.cifar100'),
+    ],
+)
+def test_without_weights(name, found):
+    with pytest.raises(UserError, match=f'^{re.escape(name)} has no weights yet; {found}'):
+        timm.create_model(name, pretrained=True)
+
+
+def test_a_release_of_own_data_has_a_name(tmp_path, monkeypatch):
+    """In hub_configs, its tag is one of timm's, and the arguments of its config.json build it."""
+    model = timm.create_model('resnet20_saam', num_classes=3, global_pool='max').eval()
+    save_model(model, tmp_path / 'hub_configs' / 'resnet20_saam.pets', ['cat', 'dog', 'eel'])
+    package = Path(timm_poolattn.__file__).parent
+    (tmp_path / 'timm_poolattn').symlink_to(package)
+    code = (
+        'import sys, timm, torch\n'
+        'from pathlib import Path\n'
+        'sys.path.insert(0, sys.argv[1])\n'
+        'import timm_poolattn\n'
+        "model = timm.create_model('resnet20_saam.pets', pretrained=True).eval()\n"
+        "print(model.pretrained_cfg['label_names'], model(torch.ones(1, 3, 32, 32)).tolist())"
+    )
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    done = subprocess.run(
+        [sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True, env=env, cwd=tmp_path, check=True
+    )
+    expected = model(torch.ones(1, 3, 32, 32)).tolist()
+    assert done.stdout.strip() == f"('cat', 'dog', 'eel') {expected}"
 
 
 def test_model_args_of_the_papers_rows_name_models():

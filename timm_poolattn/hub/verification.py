@@ -28,7 +28,7 @@ REQUIRED = ('config.json', 'model.safetensors', 'README.md', 'results.json')
 _ALLOWED = re.compile(rf'({"|".join(map(re.escape, REQUIRED))}|\.gitattributes|\.eval_results/\w+\.yaml)')
 _OTHER_WEIGHTS = re.compile(r'.*\.(bin|pt|pth|pth\.tar|tar|pkl|pickle|ckpt|npz|h5|onnx|msgpack|safetensors)')
 #: Arguments that timm writes into config.json and that leave the architecture as its name says.
-_MODEL_ARGS = {'in_chans', 'num_classes', 'global_pool'}
+_MODEL_ARGS = {'in_chans', 'num_classes', 'global_pool', 'stem_stride'}
 #: How far the measured top-1 may lie from the claimed, in percentage points.
 TOLERANCE = 0.05
 
@@ -188,7 +188,7 @@ class _Release:
             raise ValueError(f'config.json is of {arch}, results.json of {self.results["model"]}')
         if unknown := sorted(set(args) - _MODEL_ARGS):
             raise ValueError(f'config.json: model_args {", ".join(unknown)} would build another network than {arch}')
-        if len(labels) != config['num_classes'] or args.get('num_classes') != config['num_classes']:
+        if len(labels) != config['num_classes'] or args.get('num_classes', len(labels)) != len(labels):
             raise ValueError(f'config.json: {config["num_classes"]} classes, {len(labels)} label names')
         self.model('meta')
         return f'{arch} with {config["num_classes"]} classes, by timm'

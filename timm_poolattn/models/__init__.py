@@ -1,12 +1,13 @@
 from . import cifar_resnext  # noqa: F401  registers, and has no class of its own
 from ._pretrained import HUB_ORG, HubError, data_sha256, hub_errors, hub_org, redact
-from ._registry import hub_configs_dir, released
+from ._registry import hub_configs_dir, no_weights, release_args, released
 from ._stage import set_skip_threshold
 from .cifar_inception_v4 import CifarInceptionV4
 from .cifar_resnet import CifarResNet
 from .cifar_vgg import CifarVgg
 from .counting import multiply_adds
 from .gated_resnet import FaResNet, GatedResNet
+from .hub_format import save_model, tidy_config
 from .insertion import insert, remove
 
 #: Modules of models, as timm.list_models(module=...) names them.
@@ -27,8 +28,12 @@ __all__ = [
     'hub_org',
     'insert',
     'multiply_adds',
+    'no_weights',
     'redact',
+    'release_args',
     'released',
     'remove',
+    'save_model',
     'set_skip_threshold',
+    'tidy_config',
 ]

@@ -20,9 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from timm.models import resolve_pretrained_cfg
-from timm.models._builder import _resolve_pretrained_source
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME, hf_split
+from timm.models import PretrainedCfg
 
 from ..utils import UserError
 
@@ -120,28 +118,20 @@ def data_sha256(path: str | Path) -> str:
         return hashlib.sha256(f.read()).hexdigest()
 
 
-def fetch_weights(
-    name: str,
-    pretrained_cfg=None,
-    pretrained_cfg_overlay=None,
-    cache_dir: str | Path | None = None,
-    **_,
-) -> None:
-    """Bring the weights that timm is about to load from the Hub, if it is, into the cache. Arguments are its own.
+def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> None:
+    """Bring the weights that timm is about to load from the Hub, if it is, into the cache.
 
     Raises:
-        HubError: no weights, none that are safetensors, or damaged ones (which leave the cache).
+        HubError: none that are safetensors, or damaged ones (which leave the cache).
     """
-    cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
-    source, location = _resolve_pretrained_source(cfg)
-    if source != 'hf-hub':
+    if not cfg.hf_hub_id or (cfg.source != 'hf-hub' and (cfg.file or cfg.state_dict)):
         return
-    hub_id, file = location if isinstance(location, tuple) else (location, HF_SAFE_WEIGHTS_NAME)
+    file = cfg.hf_hub_filename or 'model.safetensors'
     if not re.fullmatch(r'[\w.-]+\.safetensors', file):
-        raise HubError(f'{hub_id}: {file!r} is not loaded: weights are a .safetensors file beside config.json')
-    repo_id, revision = hf_split(hub_id)
+        raise HubError(f'{cfg.hf_hub_id}: {file!r} is not loaded: weights are a .safetensors file beside config.json')
+    repo_id, _, revision = cfg.hf_hub_id.partition('@')
     with hub_errors(repo_id):
-        path = Path(hf_hub_download(repo_id, file, revision=revision, cache_dir=cache_dir))
+        path = Path(hf_hub_download(repo_id, file, revision=revision or None, cache_dir=cache_dir))
     try:
         with safe_open(path, 'pt') as f:
             expected = (f.metadata() or {}).get('data_sha256')

@@ -1,5 +1,6 @@
 """Default configs: the data sets' facts, overlaid by the release folders of `hub_configs`."""
 
+import difflib
 import json
 import os
 import sys
@@ -7,11 +8,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
 from ..papers import DATASETS
+from ..utils import UserError
 from ._pretrained import HUB_ORG, fetch_weights, hub_org
+
+#: Arguments that say what a model is for, not how it is built. timm reads them from elsewhere in a config.json.
+_HEAD_ARGS = ('in_chans', 'num_classes')
 
 
 def hub_configs_dir() -> Path:
@@ -26,8 +31,24 @@ def released() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(hub_configs_dir().glob('[!.]*/config.json'))}
 
 
+def data_config(tag: str) -> dict[str, Any]:
+    """What timm's PretrainedCfg holds of the data set `tag`; empty for a user's own."""
+    return {k: v for k, v in DATASETS.get(tag, {}).items() if k in ('num_classes', 'input_size', 'mean', 'std')}
+
+
+def release_args(name: str) -> dict[str, Any]:
+    """The arguments that a released model was built with besides its name's, from its release folder's config.json."""
+    folder = released().get(name)
+    if folder is None:
+        return {}
+    args = json.loads((folder / 'config.json').read_text()).get('model_args', {})
+    return {k: v for k, v in args.items() if k not in _HEAD_ARGS}
+
+
 def read_default_cfgs(archs: Iterable[str], pool_size: Callable[[int], int], **cfg) -> dict[str, Any]:
-    """timm's default_cfgs for `archs`, one tag for each of `DATASETS`, each overlaid by its release folder if any.
+    """timm's default_cfgs for `archs`: a tag for each of `DATASETS`, and for each release folder of another tag.
+
+    Each is overlaid by its release folder if any.
 
     Weights are the folder's where it holds them, else the Hub's: a wheel carries the small ones alone. With `HUB_ORG`
     set, every name has a repository of that organisation, released by us or not.
@@ -41,9 +62,11 @@ def read_default_cfgs(archs: Iterable[str], pool_size: Callable[[int], int], **c
     cfgs = {}
     for arch in archs:
         # timm's default is the first tag with weights; with HUB_ORG all tags have some, so those of a folder go first
-        for tag in sorted(DATASETS, key=lambda tag: f'{arch}.{tag}' not in folders):
-            name, dataset = f'{arch}.{tag}', DATASETS[tag]
-            side = pool_size(dataset['input_size'][-1])
+        tags = sorted(DATASETS, key=lambda tag: f'{arch}.{tag}' not in folders)
+        own = (name.partition('.')[2] for name in folders if name.startswith(f'{arch}.'))
+        for tag in [*tags, *(tag for tag in own if tag not in DATASETS)]:
+            name, dataset = f'{arch}.{tag}', data_config(tag)
+            side = pool_size(dataset.get('input_size', (3, 32, 32))[-1])
             cfgs[name] = dict(interpolation='bicubic', crop_pct=1.0, pool_size=(side, side), **dataset, **cfg)
             if name in folders:
                 config = json.loads((folders[name] / 'config.json').read_text())
@@ -57,6 +80,22 @@ def read_default_cfgs(archs: Iterable[str], pool_size: Callable[[int], int], **c
     return generate_default_cfgs(cfgs)
 
 
+def no_weights(name: str) -> UserError:
+    """The error for a model, tagged or not, that is not trained yet. It names what is: other tags, then near models."""
+    arch, _, tag = name.partition('.')
+    _, _, gate = arch.partition('_')
+
+    def nearness(other: str) -> tuple[bool, bool, float]:
+        other_arch, _, other_tag = other.partition('.')
+        alike = difflib.SequenceMatcher(None, arch, other_arch).ratio()
+        return other_arch != arch, bool(tag) and other_tag != tag, -alike - (other_arch.partition('_')[2] == gate)
+
+    near = sorted(released(), key=nearness)
+    tags = [other for other in near if other.partition('.')[0] == arch]
+    found = f'it has them as {", ".join(tags)}' if tags else f'near models have: {", ".join(near[:3]) or "none"}'
+    return UserError(f'{name} has no weights yet; {found}. `poolattn list --trained` shows all')
+
+
 def register_models(module: str, create: Callable[..., nn.Module], model_args: dict[str, dict[str, Any]]) -> None:
     """Define and register an entrypoint for each of `model_args` in `module`, which holds their default_cfgs.
 
@@ -68,10 +107,18 @@ def register_models(module: str, create: Callable[..., nn.Module], model_args: d
 
     def entrypoint(name: str, args: dict[str, Any]) -> Callable[..., nn.Module]:
         def fn(pretrained: bool = False, **kwargs) -> nn.Module:
+            overlay = kwargs.get('pretrained_cfg_overlay') or {}
+            cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), overlay)
+            built = {}
             if pretrained:
-                fetch_weights(name, **kwargs)
-            return create(name, pretrained, **{**args, **kwargs})
+                if not (cfg.has_weights or cfg.state_dict):
+                    raise no_weights(f'{name}.{cfg.tag}' if kwargs.get('pretrained_cfg') else name)
+                fetch_weights(cfg, kwargs.get('cache_dir'))
+                if not (cfg.source or overlay.get('file')):  # of another source, timm passes the arguments itself
+                    built = release_args(f'{name}.{cfg.tag}')
+            return create(name, pretrained, **{**args, **built, **kwargs})
 
+        fn.model_args = args
         fn.__name__ = fn.__qualname__ = name
         fn.__module__ = module
         fn.__doc__ = f'{name}: {", ".join(f"{k}={v!r}" for k, v in args.items())}; see `{create.__name__}`.'

@@ -1,0 +1,40 @@
+"""A model as timm, transformers and the Hub read it: a folder of config.json and model.safetensors."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from timm.models import save_for_hf
+from torch import nn
+
+from .cifar_resnet import CifarResNet
+
+
+def save_model(
+    model: nn.Module, folder: str | Path, label_names: Sequence[str], data_config: dict[str, Any] | None = None
+) -> None:
+    """Write `model` to `folder` by timm's save_for_hf, so that its config.json says all that it is rebuilt from.
+
+    Args:
+        label_names: the classes, in order.
+        data_config: what differs from the model's own of `input_size`, `mean`, `std`, `crop_pct`, `interpolation`.
+    """
+    # the stem follows the image size of the name's own tag, which a fine-tuned model need not have
+    args = dict(stem_stride=model.conv1.stride[0]) if isinstance(model, CifarResNet) else {}
+    save_for_hf(
+        model,
+        folder,
+        model_config=dict(label_names=list(label_names)),
+        model_args=args,
+        data_config=data_config,
+        safe_serialization=True,
+    )
+    tidy_config(Path(folder, 'config.json'))
+
+
+def tidy_config(path: Path) -> None:
+    """Take from a config.json the second `num_classes` that timm writes: transformers stumbles over it."""
+    config = json.loads(path.read_text())
+    config.get('model_args', {}).pop('num_classes', None)
+    path.write_text(json.dumps(config, indent=2) + '\n')
