@@ -1,5 +1,6 @@
 from .cbam import CBAM
 from .create_gate import GATES, create_gate
+from .eca import ECA
 from .focus_association import Association, Focus, FocusAssociation, fa_weight, fa_weight_unskipped
 from .identity_init import IdentityInit
 from .max_min_pool import max_min_pool, set_fused_pool, use_fused_pool
@@ -10,6 +11,7 @@ from .srm import SRM
 
 __all__ = [
     'CBAM',
+    'ECA',
     'GATES',
     'REWEIGHT_FORMS',
     'SAAM',

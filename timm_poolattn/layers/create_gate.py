@@ -1,12 +1,13 @@
 from functools import partial
 
-from timm.layers import EcaModule, SEModule, create_attn
+from timm.layers import SEModule, create_attn
 from timm.layers.cbam import ChannelAttn
 from torch import nn
 
 from ..utils import look_up
 from .arguments import check_rd_ratio
 from .cbam import CBAM
+from .eca import ECA
 from .identity_init import IdentityInit
 from .saam import SAAM
 from .sge import SGE
@@ -26,7 +27,7 @@ GATES = {
     'se': partial(_reduced, SEModule, rd_ratio=1 / 16, rd_divisor=1),
     'se2': partial(_reduced, ChannelAttn, rd_ratio=1 / 4),  # one g on average and max pooling, summed
     'cbam': CBAM,
-    'eca': EcaModule,
+    'eca': ECA,
     'srm': SRM,
     'sge': SGE,
     'spem': SPEM,

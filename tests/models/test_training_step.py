@@ -1,0 +1,203 @@
+"""Every gate trains: one step against the written-out equations, and finite in every mode that people train in."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from timm_poolattn import CifarResNet
+from timm_poolattn.layers import GATES, FocusAssociation, create_gate, fa_weight
+from timm_poolattn.models import FAMILIES
+from timm_poolattn.models.cifar_resnet import BasicBlock, Bottleneck
+
+from ..layers import equations
+
+ALL_GATES = [None, *GATES, 'fa', 'fase']
+OURS = {name for family in FAMILIES for name in timm.list_models(module=family)}
+
+
+def conv_norm(x: torch.Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> torch.Tensor:
+    z = F.conv2d(x, conv.weight, stride=conv.stride, padding=conv.padding)
+    return equations.batch_norm(z, norm.weight, norm.bias, norm.eps)
+
+
+def gate_by_equations(name: str | None, gate: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    flat = lambda layer: layer.weight.flatten(1)  # noqa: E731
+    if name in (None, 'fa'):
+        return x
+    if name in ('se', 'fase'):
+        return equations.se(x, flat(gate.fc1), flat(gate.fc2), gate.fc1.bias, gate.fc2.bias)
+    if name == 'se2':
+        return equations.se2(x, flat(gate.fc1), flat(gate.fc2))
+    if name == 'cbam':
+        return equations.cbam(x, flat(gate.channel.fc1), flat(gate.channel.fc2), gate.conv.weight)
+    if name == 'eca':
+        return equations.eca(x, gate.conv.weight.flatten())
+    if name == 'srm':
+        norm = lambda z: equations.batch_norm(z, gate.bn.weight, gate.bn.bias, gate.bn.eps)  # noqa: E731
+        return equations.srm(x, gate.cfc, gate.eps, norm)
+    if name == 'sge':
+        return equations.sge(x, gate.groups, gate.weight, gate.bias, gate.eps)
+    if name == 'spem':
+        return equations.spem(x, gate.p, gate.gamma_exc, gate.beta_exc, gate.gamma_rew, gate.beta_rew)
+    return equations.saam(x, gate.conv.weight, gate.fc1.weight, gate.fc2.weight)
+
+
+def block_by_equations(name: str | None, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = torch.clamp(conv_norm(x, block.conv1, block.bn1), min=0)
+    if isinstance(block, Bottleneck):
+        y = torch.clamp(conv_norm(y, block.conv2, block.bn2), min=0)
+        y = conv_norm(y, block.conv3, block.bn3)
+    else:
+        y = conv_norm(y, block.conv2, block.bn2)
+    u = torch.clamp(gate_by_equations(name, block.gate, y) + x, min=0)
+    if block.fa is None:
+        return u
+    focus = block.fa.focus
+    return equations.fa_weight(x, u, equations.focus(x, *focus.fc1.parameters(), *focus.fc2.parameters()))
+
+
+def block_with(name: str | None, block_cls: type[nn.Module], **dd) -> nn.Module:
+    """A block of 16 channels in and out that carries the gate."""
+    channel_gate = {'fa': None, 'fase': 'se'}.get(name, name)
+    return block_cls(
+        16,
+        16 // block_cls.expansion,
+        gate=create_gate(channel_gate, 16, **dd) if channel_gate else None,
+        fa=FocusAssociation(16, 1, **dd) if name in ('fa', 'fase') else None,
+        **dd,
+    )
+
+
+def run_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """X_{i+1}, as `Stage` wires a block that is not the first."""
+    return block(x, x) if block.fa is None else fa_weight(x, block(x, x), block.fa(x, []))
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
+@pytest.mark.parametrize('block_cls', [BasicBlock, Bottleneck])
+@pytest.mark.parametrize('name', ALL_GATES)
+def test_one_step_is_the_equations(name, block_cls, layout):
+    """Loss, output and every gradient, in float64 to 1e-6."""
+    block = block_with(name, block_cls, dtype=torch.double).train()
+    for parameter in block.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, std=0.5)  # away from the start, where half of the terms vanish
+    x = torch.randn(3, 16, 5, 4, dtype=torch.double).to(memory_format=layout).requires_grad_()
+    weights = torch.randn(3, 16, 5, 4, dtype=torch.double)
+    steps = []
+    for forward in (run_block, lambda block, x: block_by_equations(name, block, x)):
+        output = forward(block, x)
+        loss = (output * weights).square().mean()
+        steps.append([loss, output, *torch.autograd.grad(loss, [x, *block.parameters()])])
+    torch.testing.assert_close(*steps, rtol=1e-6, atol=1e-6)
+
+
+def network(name: str | None, dtype: torch.dtype = torch.float32) -> CifarResNet:
+    return CifarResNet(14, gate=name, dtype=dtype)
+
+
+def train_three_steps(
+    model: nn.Module, images: torch.Tensor, dtype: torch.dtype, forward: Callable | None = None
+) -> None:
+    """Three steps of SGD, by `forward` or the model itself: all is finite, and every parameter gets a gradient."""
+    forward = model if forward is None else forward
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    target = torch.arange(len(images)) % 10
+    for _ in range(3):
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = forward(images)
+        loss = F.cross_entropy(output.double(), target)
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(t.isfinite().all() for t in model.state_dict().values())
+
+
+IMAGES = {
+    'random': torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+    'constant': torch.full((4, 3, 16, 16), 0.5),
+}
+LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float64': torch.float64}
+
+
+@pytest.mark.parametrize('images', IMAGES)
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('name', ALL_GATES)
+def test_three_steps_are_finite(name, layout, dtype, images):
+    own = torch.float64 if dtype == 'float64' else torch.float32
+    model = network(name, own).to(memory_format=LAYOUTS[layout])
+    train_three_steps(model, IMAGES[images].to(own).to(memory_format=LAYOUTS[layout]), DTYPES[dtype])
+
+
+# the default run compiles what people train in; the slow one the rest of the matrix, by inductor
+_COMPILED = [
+    pytest.param(backend, layout, dtype, id=f'{backend}-{layout}-{dtype}', marks=() if fast else pytest.mark.slow)
+    for backend, layout, dtype, fast in (
+        ('aot_eager', 'channels_last', 'bfloat16', True),
+        *(('inductor', layout, dtype, False) for layout in LAYOUTS for dtype in DTYPES),
+    )
+]
+
+
+@pytest.mark.parametrize('backend, layout, dtype', _COMPILED)
+@pytest.mark.parametrize('name', ALL_GATES)
+def test_three_compiled_steps_are_finite(name, backend, layout, dtype):
+    own = torch.float64 if dtype == 'float64' else torch.float32
+    model = network(name, own).to(memory_format=LAYOUTS[layout])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    for images in IMAGES.values():
+        train_three_steps(model, images.to(own).to(memory_format=LAYOUTS[layout]), DTYPES[dtype], compiled)
+
+
+@pytest.mark.parametrize('name', ALL_GATES)
+def test_compiled_gradients_are_the_eager_ones(name):
+    model = network(name, torch.float64)
+    images, weights = IMAGES['random'].double(), torch.randn(4, 10, dtype=torch.double)
+    gradients = []
+    torch._dynamo.reset()
+    for forward in (model, torch.compile(copy.deepcopy(model), backend='aot_eager')):
+        forward.zero_grad()
+        (forward(images) * weights).sum().backward()
+        gradients.append([p.grad for p in forward.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize('name', ALL_GATES)
+def test_small_batches_and_maps(name):
+    """A batch of one trains, single positions are classified, and an empty batch gives an empty answer."""
+    model = network(name)
+    if name != 'srm':  # whose batch norm has one value for a channel then, and torch refuses that
+        train_three_steps(model, IMAGES['random'][:1], torch.float32)
+    model.eval()
+    assert model(torch.randn(2, 3, 1, 1)).isfinite().all()
+    assert model(torch.randn(1, 3, 5, 1)).shape == (1, 10)
+    assert model(torch.randn(0, 3, 32, 32)).shape == (0, 10)
+
+
+def one_step(name: str) -> None:
+    """One training step at the name's own size."""
+    model = timm.create_model(name, num_classes=10).train()
+    x = torch.randn(2, *model.pretrained_cfg['input_size'])
+    F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not missing
+
+
+_LARGE = ('resnet164', 'resnet245', 'resnet326', 'inception', 'resnet50', 'resnext50')
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=pytest.mark.slow if n.startswith(_LARGE) else ()) for n in sorted(OURS)]
+)
+def test_every_name_trains(name):
+    one_step(name)

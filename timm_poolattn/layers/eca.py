@@ -1,0 +1,18 @@
+"""ECA: efficient channel attention, timm's layer with one line of its own.
+
+Paper: `ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/1910.03151
+"""
+
+import torch
+from timm.layers import EcaModule
+
+
+class ECA(EcaModule):
+    """timm's EcaModule; it takes an empty batch too.
+
+    Shape: (B, C, H, W) -> (B, C, H, W), any B and any H, W >= 1.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.mean((2, 3)).unsqueeze(1)  # timm's view(B, 1, -1) is ambiguous where B = 0
+        return x * self.gate(self.conv(y)).transpose(1, 2).unsqueeze(3)
