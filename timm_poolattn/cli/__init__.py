@@ -446,7 +446,7 @@ compile_option = click.option('--compile/--no-compile', help='Measure them compi
 @json_option
 def bench_gates(device, as_json: bool, **options) -> None:
     """Each gate alone: time, memory and bytes moved, beside a copy of its input and timm's SE."""
-    from ..bench.networks import bench_gates
+    from ..bench.gates import bench_gates
 
     options = {key: value for key, value in options.items() if value != ()}
     result = bench_gates(device=_default_device(device), **options)
@@ -463,7 +463,7 @@ def bench_gates(device, as_json: bool, **options) -> None:
 @json_option
 def bench_import(runs: int, as_json: bool) -> None:
     """What importing timm_poolattn adds to importing timm."""
-    from ..bench.networks import bench_import
+    from ..bench.imports import bench_import
 
     result = bench_import(runs)
     if as_json:
@@ -485,7 +485,7 @@ def bench_import(runs: int, as_json: bool) -> None:
 @json_option
 def bench_loader(data_dir, device, as_json: bool, **options) -> None:
     """Images/s of the loader that holds its data on the device, beside timm's."""
-    from ..bench.training import bench_loader
+    from ..bench.loader import bench_loader
 
     rows = bench_loader(data_dir, device=_default_device(device), **options)
     if as_json:
@@ -499,8 +499,16 @@ def bench_loader(data_dir, device, as_json: bool, **options) -> None:
 @bench.command('models')
 @click.option('--model', 'names', multiple=True, help='Default: resnet164_spem, resnet56_saam, resnet56_fa.')
 @click.option('--batch-size', type=click.IntRange(1), default=64, show_default=True)
-@click.option('--memory-batch-size', type=click.IntRange(1), default=128, show_default=True)
-@click.option('--channels-last', is_flag=True, help='Memory format of ours and of the plain networks.')
+@click.option(
+    '--layout', 'layouts', multiple=True, type=click.Choice(['contiguous', 'channels_last']), help='Default: both.'
+)
+@click.option(
+    '--dtype',
+    'dtypes',
+    multiple=True,
+    type=click.Choice(['float32', 'bfloat16']),
+    help='Of autocast. Default: float32.',
+)
 @click.option('--reparameterize', is_flag=True, help="Inference with BNs folded into convs, too (timm's --reparam).")
 @click.option('--spem-authors', type=click.Path(path_type=Path), help='A checkout of github.com/Qrange-group/SPEM.')
 @compile_option
@@ -509,14 +517,13 @@ def bench_loader(data_dir, device, as_json: bool, **options) -> None:
 @json_option
 def bench_models(device, as_json: bool, **options) -> None:
     """Whole networks: speed, memory and construction, relative to the same backbone without gates."""
-    from ..bench.networks import bench_models
+    from ..bench.models import bench_models
 
     options = {key: value for key, value in options.items() if value != ()}
     result = bench_models(device=_default_device(device), **options)
-    columns = dict(model='model', mode='mode')
+    columns = dict(model='model', layout='layout', dtype='dtype', mode='mode')
     for kind in ('inference', 'training'):
         columns |= {f'{kind}_images_per_s': f'{kind} images/s', f'{kind}_to_plain': 'time to plain'}
-        columns |= {f'{kind}_cpu_to_plain': 'CPU to plain'}
         columns |= {f'{kind}_to_authors': 'to authors'} if options['spem_authors'] else {}
     _echo_bench(result, as_json, columns | dict(peak_mib='peak MiB', peak_to_plain='to plain', construct_s='build s'))
 
@@ -532,7 +539,7 @@ def bench_models(device, as_json: bool, **options) -> None:
 @json_option
 def bench_skip(name, data_dir, dataset, split, per_sample, batch_size, device, as_json: bool) -> None:
     """FA as adaptive computation: threshold against accuracy, blocks run and images/s."""
-    from ..bench.networks import bench_skip
+    from ..bench.skipping import bench_skip
     from ..data import load_images
     from ..inference import load_pretrained
 
@@ -559,7 +566,7 @@ def bench_skip(name, data_dir, dataset, split, per_sample, batch_size, device, a
 @json_option
 def bench_train(models, modes, device, as_json: bool, **options) -> None:
     """Images/s and memory of a training step of MODELS, each with its gate and without."""
-    from ..bench.training import MODES, bench_train
+    from ..bench.step import MODES, bench_train
 
     rows = bench_train(models, modes=modes or MODES, device=_default_device(device), **options)
     if as_json:

@@ -1,0 +1,28 @@
+"""The network that a gated one is measured beside."""
+
+from typing import Any
+
+import timm
+
+from ..layers import GATES
+
+
+def plain_name(name: str) -> str | None:
+    """The registered backbone of a gated model without its gate, or None for a model without one."""
+    arch, _, tag = name.partition('.')
+    plain, _, gate = arch.rpartition('_')
+    if gate not in (*GATES, 'fa', 'fase'):
+        return None
+    if timm.is_model(f'cifar_{plain}'):  # where timm owns the plain name
+        plain = f'cifar_{plain}'
+    return f'{plain}.{tag}' if tag else plain
+
+
+def plain_args(name: str) -> dict[str, Any]:
+    """Arguments of timm.create_model for the backbone of `name` without its gate, or for `name` where it has none.
+
+    The form of a backbone depends on the paper that a gate comes from: `flavour`.
+    """
+    plain = plain_name(name)
+    flavour = getattr(timm.create_model(name, device='meta'), 'flavour', None) if plain else None
+    return dict(model_name=plain or name, **(dict(flavour=flavour) if flavour else {}))

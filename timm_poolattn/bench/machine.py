@@ -1,0 +1,27 @@
+"""Where something was measured."""
+
+import os
+import platform
+from datetime import date
+from typing import Any
+
+import timm
+import torch
+
+from ..version import __version__
+
+#: Memory formats by the name that options and results have for them.
+LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+
+
+def describe_machine(device: torch.device | str) -> dict[str, Any]:
+    """The machine, its threads, the versions and the date, for the head of a result."""
+    on_cuda = torch.device(device).type == 'cuda'
+    return dict(
+        machine=torch.cuda.get_device_name(device) if on_cuda else f'{os.cpu_count()} CPU cores ({platform.machine()})',
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        timm=timm.__version__,
+        timm_poolattn=__version__,
+        date=date.today().isoformat(),
+    )
