@@ -1,0 +1,261 @@
+"""What walks, wraps, patches or captures modules works on a gated network as it does on plain resnet20."""
+
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.ao import quantization
+from torch.ao.quantization import quantize_fx
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from timm_poolattn.data import load_images
+from timm_poolattn.layers import CBAM, SAAM, SGE, SPEM, SRM, FocusAssociation
+
+# the last two are of timm's own layers: a tool that failed on them would not be ours to mend
+NAMES = ['resnet20', 'resnet20_saam', 'resnet20_spem', 'resnet20_fa', 'resnet20_cbam', 'resnet20_sge', 'resnet20_srm']
+NAMES += ['resnet20_fase', 'resnet20_se2']
+GATED = [name for name in NAMES if name != 'resnet20']
+X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+OURS = (SPEM, SAAM, CBAM, SGE, SRM, FocusAssociation)
+
+
+def convs(model):
+    return [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+
+
+def gates(model):
+    found = [getattr(block, 'gate', None) for stage in model.stages for block in stage.blocks]
+    found = [m for m in found if m is not None and not isinstance(m, nn.Identity)]
+    return found + [m for m in model.modules() if isinstance(m, FocusAssociation)]
+
+
+def step(model, x=X):
+    """The gradients of one training step; they are finite, and none is missing."""
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_pruning(name):
+    model = timm.create_model(name)
+    prune.global_unstructured([(c, 'weight') for c in convs(model)], prune.L1Unstructured, amount=0.5)
+    for _ in range(2):  # a second step uses the masked weights again
+        step(model)
+    before = model.eval()(X)
+    with torch.no_grad():
+        for conv in convs(model):
+            conv.weight_orig.mul_(2)
+    assert not torch.allclose(model(X), before)
+    share = sum((c.weight == 0).sum() for c in convs(model)) / sum(c.weight.numel() for c in convs(model))
+    assert share == pytest.approx(0.5, abs=0.01)
+    for conv in convs(model):
+        prune.remove(conv, 'weight')
+    step(model)
+
+
+@pytest.mark.parametrize('norm', [parametrizations.spectral_norm, parametrizations.weight_norm])
+@pytest.mark.parametrize('name', NAMES)
+def test_parametrizations(name, norm):
+    """Every convolution and linear layer, the gates' too."""
+    model = timm.create_model(name)
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    for layer in layers:
+        norm(layer)
+    for _ in range(2):
+        step(model)
+    model.eval()
+    parametrized = model(X)
+    for layer in layers:
+        parametrize.remove_parametrizations(layer, 'weight')
+    torch.testing.assert_close(model(X), parametrized, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_module_is_called(name):
+    """Forward, pre-forward and backward hooks see every module that holds parameters, and what they return counts."""
+    model = timm.create_model(name)
+    owners = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
+    owners += gates(model)
+    calls = {kind: set() for kind in ('pre', 'forward', 'backward')}
+    handles = []
+    for m in owners:
+        handles.append(m.register_forward_pre_hook(lambda m, args: calls['pre'].add(m)))
+        handles.append(m.register_forward_hook(lambda m, args, out: calls['forward'].add(m)))
+        handles.append(m.register_full_backward_hook(lambda m, g_in, g_out: calls['backward'].add(m)))
+    for m in model.modules():  # backward hooks refuse what is changed in place, as on plain resnet20
+        if hasattr(m, 'inplace'):
+            m.inplace = False
+    step(model)
+    assert all(seen == set(owners) for seen in calls.values())
+    for handle in handles:
+        handle.remove()
+    plain = model.eval()(X)
+    for gate in gates(model)[:1]:
+        gate.register_forward_hook(lambda m, args, out: out * 0)
+        assert not torch.allclose(model(X), plain)
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('name', GATED)
+def test_subclassed_and_patched_gates(name, training):
+    """A subclass in a gate's place, and a forward patched on an instance, are what runs."""
+    x = X if training else X[:2]
+    for patch in (True, False):
+        model, calls = timm.create_model(name).train(training), []
+        for gate in gates(model):
+            cls = type(gate)
+
+            def forward(*args, _cls=cls, _gate=gate, **kwargs):
+                calls.append(_gate)
+                return _cls.forward(_gate, *args, **kwargs) * 0
+
+            if patch:
+                gate.forward = forward
+            else:
+                gate.__class__ = type(f'Zero{cls.__name__}', (cls,), {'forward': lambda self, *a, f=forward: f(*a)})
+        model(x)
+        assert len(calls) == len(gates(model))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_patched_norms(name):
+    model, calls = timm.create_model(name), []
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.forward = lambda x, f=norm.forward: (calls.append(1), f(x))[1]
+    model(X)
+    assert len(calls) == len(norms)
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('name', ['resnet20', 'resnet20_saam', 'resnet20_spem', 'resnet20_fa'])
+def test_statistics_that_are_not_tracked_stay(name, compiled):
+    model = timm.create_model(name, depth=8)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.track_running_stats = False
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    torch._dynamo.reset()
+    (torch.compile(model, backend='aot_eager') if compiled else model)(X).sum().backward()
+    assert all(b.equal(before[n]) for n, b in model.named_buffers())
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_checkpointing_frozen_parts_and_a_second_backward(name):
+    model = timm.create_model(name).double()
+    x = X.double()
+    expected = step(model, x)
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(step(model, x), expected)
+    model.set_grad_checkpointing(False)
+    loss = model(x).square().sum()
+    first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    torch.testing.assert_close(first, torch.autograd.grad(loss, list(model.parameters())))
+    for stage in model.stages[:2]:
+        stage.requires_grad_(False)
+    kept = step(model, x)
+    torch.testing.assert_close(kept, {n: expected[n] for n in kept})
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_autodiff_of_any_kind(name):
+    """Forward mode, gradients of gradients, a vectorised Hessian, and gradients by sample."""
+    model = timm.create_model(name, depth=8, num_classes=2, in_chans=1).eval().double()
+    x = torch.randn(2, 1, 8, 8, dtype=torch.double)
+    direction = torch.randn_like(x)
+    f = lambda x: model(x).square().sum()  # noqa: E731
+    gradient = torch.func.grad(f)
+    _, tangent = torch.func.jvp(f, (x,), (direction,))
+    torch.testing.assert_close(tangent, (gradient(x) * direction).sum())
+    with torch.autograd.forward_ad.dual_level():
+        dual = f(torch.autograd.forward_ad.make_dual(x, direction))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+    _, curvature = torch.func.jvp(gradient, (x,), (direction,))
+    hessian = torch.autograd.functional.hessian(f, x[:1], vectorize=True)
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(f, x[:1]))
+    torch.testing.assert_close(torch.autograd.functional.hvp(f, x, direction)[1], curvature, rtol=1e-6, atol=1e-9)
+    alone = torch.stack([torch.func.grad(lambda s: f(s[None]))(s) for s in x])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda s: f(s[None])))(x), alone)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_copies_and_devices(name):
+    """deepcopy, pickling of the state, meta construction, to_empty, half precision and functional_call."""
+    model = timm.create_model(name).eval()
+    expected = model(X)
+    assert copy.deepcopy(model)(X).equal(expected)
+    meta = timm.create_model(name, device='meta').to_empty(device='cpu')
+    meta.load_state_dict(model.state_dict())
+    assert meta.eval()(X).equal(expected)
+    assert torch.func.functional_call(model, dict(model.named_parameters()), (X,)).equal(expected)
+    half = copy.deepcopy(model).bfloat16()(X.bfloat16())
+    assert half.dtype == torch.bfloat16 and (half.argmax(1) == expected.argmax(1)).float().mean() >= 0.75
+
+
+def trained(name):
+    """The weights that the package has of it, else its own after a few steps, so that quantising has something to keep."""
+    if timm.models.is_model_pretrained(f'{name}.cifar10'):
+        return timm.create_model(f'{name}.cifar10', pretrained=True).eval()
+    model = timm.create_model(name)
+    for _ in range(2):
+        model(X)  # statistics of the norms
+    return model.eval()
+
+
+@pytest.mark.parametrize('name', ['resnet20', 'resnet20_saam', 'resnet20_spem', 'resnet20_fa', 'resnet20_cbam'])
+def test_fx_quantisation(name):
+    """Post-training, static, every convolution and linear layer int8; the answers stay near the float model's."""
+    model = trained(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        prepared = quantize_fx.prepare_fx(copy.deepcopy(model), quantization.get_default_qconfig_mapping('x86'), (X,))
+        prepared(X)
+        quantised = quantize_fx.convert_fx(prepared)
+    kinds = [type(m).__module__ for m in quantised.modules()]
+    assert sum('quantized' in kind for kind in kinds) >= len(convs(model))
+    with torch.no_grad():
+        error = (quantised(X) - model(X)).norm() / model(X).norm()
+    assert error < 0.3
+
+
+@pytest.mark.parametrize('name', ['resnet20_saam', 'resnet20_spem', 'resnet20_fa'])
+def test_int8_accuracy(name, cifar10_mini):
+    """Post-training quantisation costs at most two points on 1,000 test images."""
+    model = timm.create_model(f'{name}.cifar10', pretrained=True).eval()
+    cfg = model.pretrained_cfg
+    mean, std = (torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ('mean', 'std'))
+    images = {}
+    for split in ('train', 'test'):
+        data = load_images(cifar10_mini, split)
+        images[split] = (data.images.permute(0, 3, 1, 2) / 255 - mean) / std
+    target = torch.tensor([cfg['label_names'].index(c) for c in data.classes])[data.targets]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter('ignore')
+        mapping = quantization.get_default_qconfig_mapping('x86')
+        prepared = quantize_fx.prepare_fx(copy.deepcopy(model), mapping, (images['train'][:1],))
+        prepared(images['train'][::10])
+        quantised = quantize_fx.convert_fx(prepared)
+        top1 = [100 * (m(images['test']).argmax(1) == target).float().mean().item() for m in (model, quantised)]
+    assert len(target) == 1000 and top1[0] > 88 and top1[1] > top1[0] - 2
+
+
+@pytest.mark.parametrize('name', ['resnet20', 'resnet20_saam', 'resnet20_fa', 'resnet20_cbam'])
+def test_eager_quantisation_aware_training(name):
+    """Every convolution and linear layer, the score convolution too, is observed and trained."""
+    model = timm.create_model(name).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        model.qconfig = quantization.get_default_qat_qconfig('x86')
+        quantization.prepare_qat(model, inplace=True)
+    for _ in range(2):
+        step(model)
+    layers = [m for m in model.modules() if hasattr(m, 'weight_fake_quant')]
+    assert len(layers) == len([m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)])
+    for layer in layers:
+        observer = layer.weight_fake_quant.activation_post_process
+        assert observer.min_val.numel() and observer.min_val.isfinite().all()
