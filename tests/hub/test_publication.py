@@ -1,5 +1,6 @@
 """Publishing with the real client over HTTP. What the Hub has afterwards is what these tests look at."""
 
+import json
 import os
 import shutil
 import signal
@@ -147,6 +148,25 @@ class TestPublish:
             ('org/resnet20_saam.cifar10', 'published'),
             ('org/resnet20_spem.cifar10', 'published'),
         ]
+
+    def test_an_unsound_config_leaves_the_others_be(self, hub, other):
+        config = json.loads((other / 'config.json').read_text())
+        (other / 'config.json').write_text(json.dumps({**config, 'model_args': []}))
+        bad, good = publish([other, 'resnet20_fa.cifar10'], 'org')
+        assert (bad.status, good.status) == ('failed', 'published') and 'model_args' in bad.detail
+
+    @pytest.mark.parametrize('body', ['[]', 'null', '{}', '"x"', '[1]', 'no json'])
+    @pytest.mark.parametrize(
+        'method, path',
+        [('GET', f'models/{REPO}$'), ('GET', 'tree'), ('POST', 'preupload'), ('POST', 'commit'), ('GET', 'refs')],
+    )
+    def test_a_server_that_answers_nonsense(self, hub, folder, method, path, body):
+        hub.add(REPO, {'.gitattributes': b''})
+        hub.fault(method, path, 200, times=9, body=body)
+        assert one().status in ('failed', 'published')
+        hub.faults.clear()
+        assert one().status in ('published', 'unchanged')
+        is_whole(hub, folder)
 
     def test_an_unsound_release_is_not_sent(self, hub, other):
         with open(other / 'model.safetensors', 'r+b') as f:
@@ -320,7 +340,7 @@ class TestCommandLine:
         result = run('publish', NAME, '--org', 'org')
         assert result.exit_code == 0 and f'published           {REPO}' in result.output
         result = run('verify', f'hf-hub:{REPO}')
-        assert result.exit_code == 0 and result.stdout.count('ok  ') == 6
+        assert result.exit_code == 0 and result.stdout.count('ok  ') == 7
         monkeypatch.setenv('TIMM_POOLATTN_HUB_ORG', 'theirs')
         result = run('publish', NAME)
         assert result.exit_code == 1 and 'failed' in result.output and '[403]' in result.output

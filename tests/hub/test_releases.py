@@ -1,7 +1,10 @@
 import csv
 import hashlib
 import json
+import os
+import signal
 import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,23 +20,24 @@ from timm.utils import CheckpointSaver
 
 import timm_poolattn
 from timm_poolattn.data import load_images
-from timm_poolattn.hub import model_card, release
+from timm_poolattn.hub import model_card, release, verify
 from timm_poolattn.hub.card import GATE_NOTES
 from timm_poolattn.inference import evaluate
 from timm_poolattn.models import FAMILIES, multiply_adds
 from timm_poolattn.papers import paper_top1
 from timm_poolattn.training.timm_script import load_train_script
+from timm_poolattn.utils import UserError
 
 FILES = ['.eval_results/cifar10.yaml', 'README.md', 'config.json', 'model.safetensors', 'results.json']
 
 
 @pytest.fixture
-def run_dir(tmp_path, image_folder):
+def run_dir(tmp_path, cifar10_few):
     """What `poolattn train` leaves, the checkpoint written by timm's own saver."""
     folder = tmp_path / 'run'
     folder.mkdir()
-    args = dict(model='resnet20_saam', num_classes=2, model_kwargs={}, mean=None, std=None, dataset='')
-    args.update(data_dir=str(image_folder), val_split='test')
+    args = dict(model='resnet20_saam', num_classes=10, model_kwargs={}, mean=None, std=None, dataset='')
+    args.update(data_dir=str(cifar10_few), val_split='test')
     run = dict(
         recipe='saam',
         arguments=dict(model='resnet20_saam', lr=0.1, opt_kwargs=dict(ns_steps=3)),
@@ -45,7 +49,7 @@ def run_dir(tmp_path, image_folder):
     )
     (folder / 'run.json').write_text(json.dumps(run))
     (folder / 'args.yaml').write_text(yaml.safe_dump(args))
-    model = timm.create_model('resnet20_saam', num_classes=2)
+    model = timm.create_model('resnet20_saam', num_classes=10)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     saver = CheckpointSaver(model, optimizer, Namespace(**args), checkpoint_dir=folder, recovery_dir=folder)
     saver.save_checkpoint(0, 50.0)
@@ -64,7 +68,7 @@ def files(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file())
 
 
-def test_release_folder(run_dir, tmp_path, image_folder):
+def test_release_folder(run_dir, tmp_path, cifar10_few):
     run_dir, model = run_dir
     out = tmp_path / 'hub_configs'
     folder = release(run_dir, 'cifar10', out=out)
@@ -74,9 +78,9 @@ def test_release_folder(run_dir, tmp_path, image_folder):
     assert all(w.equal(weights[k]) for k, w in model.state_dict().items())  # the last epoch's, not the best's
 
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    assert loaded.pretrained_cfg['label_names'] == ['cat', 'dog'] and loaded.num_classes == 2
+    assert loaded.pretrained_cfg['label_names'][3:6] == ['cat', 'deer', 'dog'] and loaded.num_classes == 10
     results = json.loads((folder / 'results.json').read_text())
-    assert results['test'] == evaluate(loaded, load_images(image_folder, 'test'))
+    assert results['test'] == evaluate(loaded, load_images(cifar10_few, 'test'))
     assert results['test'].keys() == {'top1', 'top5', 'loss', 'ece', 'images'}
     assert (results['last_epoch_top1'], results['best_top1'], results['best_epoch']) == (40, 50, 0)
     assert results['checkpoint'] == dict(which='last', epoch=1, ema=False)
@@ -160,7 +164,7 @@ class TestCard:
     def test_recipe_is_what_train_takes(self, folder, tmp_path, train_script, monkeypatch):
         """Saved and passed as the card says, timm's own parser reads the run's arguments again."""
         text = (folder / 'README.md').read_text()
-        recipe, command = text.split('```yaml\n')[1].split('```')[0], text.split('```bash\n')[1].split('\n')[0]
+        recipe, command = text.split('```yaml\n')[1].split('```')[0], text.split('```bash\n')[2].split('\n')[0]
         assert command == (
             'poolattn train --config recipe.yaml --resident --crop-padding 2 --penalty-weight 0.0 --data-dir DIR'
         )
@@ -207,21 +211,23 @@ def test_release_again_replaces_whole(run_dir, tmp_path):
     assert not (folder / 'stale.txt').exists() and [p.name for p in out.iterdir()] == [folder.name]
 
 
-def test_a_failed_release_leaves_nothing(run_dir, tmp_path, image_folder):
+def test_a_failed_release_leaves_nothing(run_dir, tmp_path):
     run_dir, _ = run_dir
     out = tmp_path / 'hub_configs'
     folder = release(run_dir, 'cifar10', out=out)
     before = {name: (folder / name).read_bytes() for name in FILES}
     (run_dir / 'summary.csv').write_text('epoch\n0\n')
-    with pytest.raises(KeyError):
+    with pytest.raises(UserError, match='no evaluated epoch'):
         release(run_dir, 'cifar10', out=out)
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before and len(list(out.iterdir())) == 1
 
 
 def test_mistakes(run_dir, tmp_path):
     run_dir, _ = run_dir
-    with pytest.raises(ValueError, match="unknown tag 'cifar'"):
-        release(run_dir, 'cifar', out=tmp_path)
+    with pytest.raises(ValueError, match=r"tag 'Cifar\.10': small letters"):
+        release(run_dir, 'Cifar.10', out=tmp_path)
+    with pytest.raises(UserError, match=r'its 10 classes .* are not those of cifar100'):
+        release(run_dir, 'cifar100', out=tmp_path)
     with pytest.raises(FileNotFoundError, match=r'no args\.yaml; is it the output folder'):
         release(tmp_path, 'cifar10', out=tmp_path)
     with pytest.raises(ValueError, match='the run trained resnet20_saam, not resnet56_saam'):
@@ -230,7 +236,7 @@ def test_mistakes(run_dir, tmp_path):
         release(run_dir, 'cifar10', checkpoint='first', out=tmp_path)
     args = yaml.safe_load((run_dir / 'args.yaml').read_text())
     (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'model_kwargs': dict(flavour='fa')}))
-    with pytest.raises(ValueError, match=r'trained with --model-kwargs .* but a release is loaded by its name alone'):
+    with pytest.raises(ValueError, match=r'trained with --model-kwargs .* another network than resnet20_saam'):
         release(run_dir, 'cifar10', out=tmp_path)
     (run_dir / 'model_best.pth.tar').unlink()
     with pytest.raises(FileNotFoundError, match=r'no model_best\.pth\.tar'):
@@ -245,7 +251,7 @@ def test_no_pickle_is_loaded(run_dir, tmp_path):
             return (open, (str(tmp_path / 'evil'), 'w'))
 
     torch.save({'state_dict': Evil()}, run_dir / 'last.pth.tar')
-    with pytest.raises(Exception, match='Weights only load failed'):
+    with pytest.raises(Exception, match='no checkpoint of'):
         release(run_dir, 'cifar10', out=tmp_path / 'hub_configs')
     assert not (tmp_path / 'evil').exists()
 
@@ -254,3 +260,63 @@ def test_paper_top1():
     assert paper_top1('resnet20_saam', 'cifar10') == 92.6
     assert paper_top1('resnet20_fa', 'cifar10') == 92.68  # printed as an error of 7.32
     assert paper_top1('resnet20_spem', 'cifar10') is None
+
+
+def test_own_data_under_a_tag_of_their_own(run_dir, tmp_path):
+    """With its pooling and grey images; its accuracy is that of `verify`."""
+    run_dir, _ = run_dir
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    args.update(gp='max', in_chans=1, img_size=48, mean=[0.5], std=[0.25])
+    (run_dir / 'args.yaml').write_text(yaml.safe_dump(args))
+    model = timm.create_model('resnet20_saam', in_chans=1, global_pool='max')
+    torch.save(dict(epoch=1, state_dict=model.state_dict()), run_dir / 'last.pth.tar')
+    with pytest.raises(UserError, match='choose a tag of your own'):
+        release(run_dir, 'cifar10', out=tmp_path)
+    folder = release(run_dir, 'my_photos-2', out=tmp_path / 'out')
+    checks = verify(folder, data_dir=args['data_dir'])
+    assert all(check.ok for check in checks) and checks[-1].name == 'accuracy', checks[-1]
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    images = torch.randn(2, 1, 48, 48)
+    torch.testing.assert_close(loaded(images), model.eval()(images))
+    assert loaded.pretrained_cfg['input_size'] == (1, 48, 48) or loaded.pretrained_cfg['input_size'] == [1, 48, 48]
+
+
+def test_a_checkpoint_of_another_run_is_refused(run_dir, tmp_path):
+    run_dir, _ = run_dir
+    saved = torch.load(run_dir / 'last.pth.tar', weights_only=False)
+    torch.save({**saved, 'epoch': 0}, run_dir / 'last.pth.tar')
+    with pytest.raises(UserError, match=r'is of epoch 0, summary\.csv ends with 1: two runs share the folder'):
+        release(run_dir, 'cifar10', out=tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('point', [pytest.param(n, marks=() if n % 5 == 4 else pytest.mark.slow) for n in range(20)])
+def test_killed(run_dir, tmp_path, point):
+    """Killed at the n-th access to the place that it writes to; the same call again gives the same bytes."""
+    run_dir, _ = run_dir
+    out = tmp_path / 'out'
+    (out / 'neighbour.cifar10').mkdir(parents=True)
+    (out / 'neighbour.cifar10' / 'config.json').write_text('{}')
+    folder = release(run_dir, 'cifar10', out=out)
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    pid = os.fork()
+    if not pid:
+        count = 0
+
+        def kill(event, args):
+            nonlocal count
+            if event in ('open', 'os.rename', 'os.mkdir', 'os.remove', 'os.rmdir') and str(out) in str(args[0]):
+                count += 1
+                if count > 2 * point:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(kill)
+        try:
+            release(run_dir, 'cifar10', out=out)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status), 'it ended before it was killed'
+    release(run_dir, 'cifar10', out=out)
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == before
+    assert sorted(p.name for p in out.iterdir()) == ['neighbour.cifar10', folder.name]

@@ -18,7 +18,7 @@ from timm_poolattn.inference import evaluate, load_pretrained
 
 from .conftest import NAME
 
-CHECKS = ['files', 'header', 'config', 'parameters', 'values', 'hashes']
+CHECKS = ['files', 'header', 'config', 'parameters', 'values', 'hashes', 'forward']
 
 
 def fails(target, check):
@@ -203,3 +203,128 @@ class TestHostileRepository:
         hub.fault('GET', 'storage', 'flip')
         checks = verify('hf-hub:org/x')
         assert checks[-1].name == 'hashes' and not checks[-1].ok
+
+
+#: Changes of config.json's pretrained_cfg, and a word of what is said.
+CONFIGS = [
+    (dict(std=[0, 0, 0]), 'std'),
+    (dict(std=[-0.2, 0.2, 0.2]), 'std'),
+    (dict(std=[0.2, 0.2]), 'std'),
+    (dict(mean='abc'), 'mean'),
+    (dict(mean=[True, 0.5, 0.5]), 'mean'),
+    (dict(mean=[float('nan')] * 3), 'NaN'),
+    (dict(mean=[5, 5, 5]), 'mean'),
+    (dict(mean=None), 'mean'),
+    (dict(interpolation='evil'), 'interpolation'),
+    (dict(interpolation=['bicubic']), 'interpolation'),
+    (dict(crop_mode='evil'), 'crop_mode'),
+    (dict(crop_pct=0), 'crop_pct'),
+    (dict(crop_pct=-1), 'crop_pct'),
+    (dict(crop_pct=float('inf')), 'Infinity'),
+    (dict(crop_pct='1'), 'crop_pct'),
+    (dict(input_size=[3, 40000, 40000]), 'input_size'),
+    (dict(input_size=[3, 64, 64]), 'input_size'),
+    (dict(input_size=[0, 32, 32]), 'input_size'),
+    (dict(input_size=[3, 32]), 'input_size'),
+    (dict(input_size=[3, 32.5, 32]), 'input_size'),
+    (dict(pool_size=[0, 0]), 'pool_size'),
+    (dict(url='http://localhost/evil.pth'), 'url'),
+    (dict(file='/etc/passwd'), 'file'),
+    (dict(hf_hub_id='evil/evil'), 'hf_hub_id'),
+    (dict(custom_load=True), 'custom_load'),
+    (dict(label_offset=1), 'label_offset'),
+    (dict(first_conv='evil'), 'first_conv'),
+    (dict(classifier='conv1'), 'classifier'),
+    (dict(tag='cifar100'), 'tag'),
+    (dict(num_classes=11), 'in a part of it'),
+]
+
+
+@pytest.mark.parametrize('change, word', CONFIGS, ids=lambda value: str(value)[:40])
+def test_pretrained_cfg(other, change, word):
+    cfg = json.loads((other / 'config.json').read_text())['pretrained_cfg']
+    edit(other, 'config.json', pretrained_cfg={**cfg, **change})
+    assert word in fails(other, 'config')
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda names: names[1:] + names[:1],
+        lambda names: [*names[:9], names[0]],
+        lambda names: [[name] for name in names],
+        lambda names: [*names[:9], 'tru\x1b[31mck'],
+        lambda names: [*names[:9], 'tru\nck'],
+        lambda names: [*names[:9], ' '],
+        lambda names: [*names[:9], 'x' * 1000],
+        lambda names: [*names[:9], 7],
+        lambda names: dict(enumerate(names)),
+        lambda names: None,
+    ],
+)
+def test_label_names(other, change):
+    config = json.loads((other / 'config.json').read_text())
+    names = change(config['label_names'])
+    edit(other, 'config.json', label_names=names, pretrained_cfg={**config['pretrained_cfg'], 'label_names': names})
+    assert 'label name' in fails(other, 'config') or 'label_names' in fails(other, 'config')
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(global_pool=''),
+        dict(global_pool='evil'),
+        dict(model_args=[]),
+        dict(model_args=dict(in_chans=1)),
+        dict(model_args=dict(global_pool='max')),
+        dict(model_args=dict(stem_stride=0)),
+        dict(pretrained_cfg=None),
+        dict(num_classes=True),
+        dict(num_features=65),
+        dict(auto_map=dict(AutoModel='evil.Evil')),
+        dict(architecture=None),
+        dict(architecture=['resnet20_saam']),
+    ],
+    ids=str,
+)
+def test_config(other, change):
+    edit(other, 'config.json', **change)
+    assert 'config.json' in fails(other, 'config')
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', 'null', '"x"', '{"a": 1, "a": 2}', '\ufeff{}', '[' * 100_000])
+@pytest.mark.parametrize('file', ['config.json', 'results.json'])
+def test_files_that_are_no_mapping(other, file, text):
+    (other / file).write_text(text)
+    checks = verify(other)
+    assert not checks[-1].ok and checks[-1].detail.startswith(file)
+
+
+@pytest.mark.parametrize('change', [dict(test=[]), dict(test=dict(top1=101)), dict(parameters='many'), dict(tag=None)])
+def test_results(other, change):
+    edit(other, 'results.json', **change)
+    assert 'results.json' in fails(other, 'header')
+
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.bool, torch.complex64, torch.float16, torch.float64])
+def test_types_of_weights(other, dtype):
+    change_weights(other, lambda w: w.update({'conv1.weight': w['conv1.weight'].to(dtype)}))
+    assert fails(other, 'values') == f'conv1.weight is {dtype}, and must be torch.float32'
+
+
+@pytest.mark.parametrize(
+    'name, value, message',
+    [
+        ('bn1.running_var', -1.0, 'is negative'),
+        ('bn1.num_batches_tracked', -1, 'is negative'),
+        ('conv1.weight', 3e38, 'no training ends beyond'),
+    ],
+)
+def test_values_that_cannot_be(other, name, value, message):
+    change_weights(other, lambda weights: weights[name].fill_(value))
+    assert message in fails(other, 'values')
+
+
+def test_a_model_that_does_not_look(other):
+    change_weights(other, lambda weights: weights['head.fc.weight'].zero_())
+    assert 'the very same numbers' in fails(other, 'forward')

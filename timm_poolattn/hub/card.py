@@ -81,14 +81,14 @@ def _flags(options: dict[str, Any]) -> str:
 def model_card(results: dict[str, Any]) -> ModelCard:
     """The model card of a release, from its results.json alone."""
     arch, tag, gate, test = results['model'], results['tag'], results['gate'], results['test']
-    data_name, data_id = _DATA_SETS[tag]
+    data_name, data_id = _DATA_SETS.get(tag, (tag, tag))  # one's own data have no id on the Hub
     name = f'{arch}.{tag}'
     card = ModelCardData(
         license='apache-2.0',
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm_poolattn'],
-        datasets=[data_id],
+        datasets=[data_id] if tag in _DATA_SETS else None,
         model_name=name,
         eval_results=[
             EvalResult(
@@ -135,6 +135,10 @@ Measured on these very files and {test['images']:,} test images, single view. {c
 
 ## Use
 
+```bash
+pip install timm_poolattn
+```
+
 ```python
 import timm
 import timm_poolattn  # registers the models
@@ -142,6 +146,17 @@ import timm_poolattn  # registers the models
 model = timm.create_model('{name}', pretrained=True)
 model = timm.create_model('hf-hub:{hub_org()}/{name}', pretrained=True)
 ```
+
+With transformers, after the same import:
+
+```python
+import timm_poolattn
+from transformers import pipeline
+
+pipeline('image-classification', '{hub_org()}/{name}')('photo.png')
+```
+
+Without the import, transformers says: "The model architecture '{arch}' is not supported in your version of timm".
 
 ## Training
 

@@ -15,6 +15,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from tqdm import tqdm
 
 from ..models import HubError, hub_errors, redact
+from ..utils import UserError
 from .verification import download, resolve, verify_folder
 
 #: Seconds to wait for an answer, where HF_HUB_DOWNLOAD_TIMEOUT is not more. huggingface_hub would wait for ever.
@@ -70,7 +71,7 @@ def publish(
         What became of each, in order of `targets`. A failure of one leaves the others be.
 
     Raises:
-        ValueError: a target that names nothing.
+        UserError: a target that names nothing.
         HubError: no token.
     """
     folders = [resolve(target) for target in targets]
@@ -92,8 +93,11 @@ def publish(
             _check(folder)
             with hub_errors(repo_id, api.endpoint):
                 status, detail = _upload(api, folder, repo_id, step, private, create_pr, dry_run, replace, collection)
-        except (HubError, ValueError, RuntimeError, OSError) as e:
+        except UserError as e:
             status, detail = 'failed', redact(str(e))
+        except Exception as e:  # an answer that huggingface_hub did not expect; the others go on
+            said = redact(f'{type(e).__name__}: {e}')
+            status, detail = 'failed', f'{repo_id}: {api.endpoint} does not answer as a Hub does ({said})'
         bar.update(len(list(steps)))
         return Published(repo_id, status, detail)
 
@@ -116,11 +120,11 @@ def _check(folder: Path) -> None:
     """Raise what is wrong with a release, if anything is."""
     for check in verify_folder(folder):
         if not check.ok:
-            raise ValueError(f'{folder.name} is not sound, {check.name}: {check.detail}')
+            raise UserError(f'{folder.name} is not sound, {check.name}: {check.detail}')
     results = json.loads((folder / 'results.json').read_text())
     name = f'{results["model"]}.{results["tag"]}'
     if name != folder.name:
-        raise ValueError(f'{folder.name}: the folder holds {name}, and must have its name')
+        raise UserError(f'{folder.name}: the folder holds {name}, and must have its name')
 
 
 def _upload(

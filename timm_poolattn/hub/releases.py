@@ -3,26 +3,31 @@
 import argparse
 import hashlib
 import json
-import os
-import shutil
+import math
+import re
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
 from huggingface_hub import eval_result_entries_to_yaml
-from timm.models import clean_state_dict, create_model, save_for_hf
+from timm.data import resolve_data_config
+from timm.models import clean_state_dict, create_model
 
 from ..data import load_images
 from ..inference import evaluate
-from ..models import data_sha256, hub_configs_dir, multiply_adds
+from ..models import FAMILIES, data_sha256, hub_configs_dir, multiply_adds, save_model
 from ..papers import DATASETS
 from ..training import read_summary
+from ..utils import MissingFileError, UserError, look_up, replacing, write_text
 from ..version import __version__
 from .card import eval_result, model_card
+from .verification import MODEL_ARGS, known_labels
 
+#: What a config.json says of the images.
+_DATA_CONFIG = ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')
 #: timm's names of the checkpoints to choose from.
 CHECKPOINTS = dict(last='last.pth.tar', best='model_best.pth.tar')
 
@@ -46,7 +51,7 @@ def release(
 
     Args:
         run_dir: output folder of the run.
-        tag: the training data, one of `DATASETS`.
+        tag: the training data: one of `DATASETS`, or a word of one's own, of small letters, digits, _ and -.
         name: the model. Default: the run's, and any other is refused.
         checkpoint: 'last', or 'best' on the test set, which flatters its accuracy there. Default: 'last'. Of either,
             the exponential moving average where the run kept one.
@@ -54,51 +59,64 @@ def release(
         out: where the folder goes. Default: `hub_configs/`.
 
     Raises:
-        FileNotFoundError: no finished run in `run_dir`.
-        ValueError: an unknown tag or checkpoint, a `name` that the run did not train, or a network that is not its
-            name's.
+        MissingFileError: no finished run in `run_dir`.
+        UserError: a bad tag, an unknown checkpoint, a `name` that the run did not train, a network that is not its
+            name's, data that are not the run's or the tag's, or a place that cannot be written to.
     """
     run_dir, out = Path(run_dir), out or hub_configs_dir()
-    if tag not in DATASETS:
-        raise ValueError(f'unknown tag {tag!r}; choose from {", ".join(DATASETS)}')
-    if checkpoint not in CHECKPOINTS:
-        raise ValueError(f'unknown checkpoint {checkpoint!r}; choose from {", ".join(CHECKPOINTS)}')
+    if not re.fullmatch('[a-z0-9_-]+', tag):
+        raise UserError(f'tag {tag!r}: small letters, digits, _ and - make one up; {", ".join(DATASETS)} are taken')
+    look_up('checkpoint', checkpoint, CHECKPOINTS)
     for file in ('args.yaml', 'run.json', 'summary.csv', CHECKPOINTS[checkpoint]):
         if not (run_dir / file).is_file():
-            raise FileNotFoundError(f'{run_dir}: no {file}; is it the output folder of a finished `poolattn train`?')
+            raise MissingFileError(f'{run_dir}: no {file}; is it the output folder of a finished `poolattn train`?')
     args = yaml.safe_load((run_dir / 'args.yaml').read_text())
     arch = args['model'].split('.')[0]
     if name not in (None, arch):
-        raise ValueError(f'{run_dir}: the run trained {arch}, not {name}; release it as --name {arch}')
-    if args['model_kwargs']:
-        raise ValueError(
-            f'{run_dir}: trained with --model-kwargs {args["model_kwargs"]}, but a release is loaded by its name alone'
-        )
-    data = load_images(data_dir or args['data_dir'], args['val_split'], name=args['dataset'])
+        raise UserError(f'{run_dir}: the run trained {arch}, not {name}; release it as --name {arch}')
+    look_up('model', arch, timm.list_models(module=FAMILIES), f'{run_dir}: a release is of one of our models')
+    own = timm.model_entrypoint(arch).model_args
+    allowed = {**own, **{k: args['model_kwargs'].get(k) for k in ('drop_rate', 'drop_path_rate', *MODEL_ARGS)}}
+    if differing := {k: v for k, v in args['model_kwargs'].items() if k not in allowed or v != allowed[k]}:
+        raise UserError(f'{run_dir}: trained with --model-kwargs {differing}, which is another network than {arch}')
 
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        saved = torch.load(run_dir / CHECKPOINTS[checkpoint], map_location='cpu', weights_only=True)
-    model = create_model(f'{arch}.{tag}', num_classes=args['num_classes'])
-    model.load_state_dict(clean_state_dict(saved.get('state_dict_ema', saved['state_dict'])))
+    saved = _read_checkpoint(run_dir / CHECKPOINTS[checkpoint])
+    curve = [row for row in read_summary(run_dir) if row]
+    evaluated = [row for row in curve if 'eval_top1' in row]  # --val-interval leaves epochs out
+    if not evaluated:
+        raise UserError(f'{run_dir}: summary.csv has no evaluated epoch; let the run finish, by --resume')
+    if checkpoint == 'last' and saved['epoch'] != curve[-1]['epoch']:
+        raise UserError(
+            f'{run_dir}: {CHECKPOINTS[checkpoint]} is of epoch {saved["epoch"]}, summary.csv ends with'
+            f' {curve[-1]["epoch"]:.0f}: two runs share the folder, or one was cut short; train into another folder'
+        )
+    built = {k: v for k, v in dict(in_chans=args.get('in_chans'), global_pool=args.get('gp')).items() if v}
+    model = create_model(args['model'], num_classes=args['num_classes'], **built, **args['model_kwargs'])
+    try:
+        model.load_state_dict(clean_state_dict(saved.get('state_dict_ema', saved['state_dict'])))
+    except RuntimeError as e:
+        raise UserError(
+            f'{run_dir}: {CHECKPOINTS[checkpoint]} is not of the model that args.yaml says: {" ".join(str(e).split())[:300]}'
+        ) from e
+    model.pretrained_cfg['tag'] = tag
+    config = dict(resolve_data_config(args, model=model), crop_pct=args.get('crop_pct') or 1.0)  # as it was evaluated
+    height, width = config['input_size'][1:]
+    data = load_images(
+        data_dir or args['data_dir'],
+        args['val_split'],
+        name=args['dataset'],
+        img_mode='L' if config['input_size'][0] == 1 else 'RGB',
+        size=math.floor(height / config['crop_pct']) if height == width else None,
+    )
+    _check_fit(run_dir, tag, model.num_classes, config, data.classes)
 
     folder = out / f'{arch}.{tag}'
-    out.mkdir(parents=True, exist_ok=True)
-    temp = Path(tempfile.mkdtemp(dir=out, prefix=f'.{folder.name}-'))
-    old = temp.with_name(f'{temp.name}.old')
-    try:
-        save_for_hf(
-            model,
-            temp,
-            model_config=dict(label_names=data.classes),
-            data_config={k: args[k] for k in ('mean', 'std') if args[k]},
-            safe_serialization=True,
-        )
+    with replacing(folder) as temp:
+        save_model(model, temp, data.classes, {k: config[k] for k in _DATA_CONFIG})
         source = dict(timm_poolattn=__version__, git_commit=git_commit())
         weights = seal(temp / 'model.safetensors', dict(format='pt', architecture=arch, tag=tag, **source))
         written = create_model(f'local-dir:{temp}', pretrained=True)
-        test = evaluate(written, data)
-        curve = read_summary(run_dir)
-        best = max(curve, key=lambda row: row.get('eval_top1', 0.0))  # --val-interval leaves epochs out
+        best = max(evaluated, key=lambda row: row['eval_top1'])
         results = dict(
             model=arch,
             tag=tag,
@@ -108,9 +126,9 @@ def release(
             weights=weights,
             checkpoint=dict(which=checkpoint, epoch=saved['epoch'], ema='state_dict_ema' in saved),
             released_by=source,
-            test=test,
-            epochs=int(curve[-1]['epoch']) + 1,  # --val-interval leaves some out of the curve
-            last_epoch_top1=curve[-1]['eval_top1'],
+            test=evaluate(written, data),
+            epochs=int(curve[-1]['epoch']) + 1,
+            last_epoch_top1=evaluated[-1]['eval_top1'],
             best_top1=best['eval_top1'],
             best_epoch=int(best['epoch']),
             **json.loads((run_dir / 'run.json').read_text()),
@@ -118,26 +136,38 @@ def release(
         )
         (temp / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
         write_texts(temp, results)
-        os.chmod(temp, 0o755)  # mkdtemp and safetensors leave theirs to the user alone
-        os.chmod(temp / 'model.safetensors', 0o644)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temp, folder)
-    finally:
-        for leftover in (temp, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        (temp / 'model.safetensors').chmod(0o644)  # safetensors leaves it to the user alone
     return folder
 
 
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+        return {**saved, 'epoch': int(saved['epoch'])}
+    except Exception as e:  # torch's and pickle's own kinds
+        raise UserError(f'{path}: no checkpoint of `poolattn train` ({type(e).__name__}: {str(e)[:200]})') from e
+
+
+def _check_fit(run_dir: Path, tag: str, num_classes: int, config: dict[str, Any], classes: list[str]) -> None:
+    """Refuse a run whose classes, image size or data are not those of its tag."""
+    if len(classes) != num_classes:
+        raise UserError(f'{run_dir}: a model of {num_classes} classes, and the data have {len(classes)}: not its data')
+    if tag not in DATASETS:
+        return
+    facts, own = DATASETS[tag], 'choose a tag of your own, as in --tag photos'
+    if num_classes != facts['num_classes'] or classes != known_labels(tag, classes):
+        raise UserError(f'{run_dir}: its {num_classes} classes ({classes[0]}, ...) are not those of {tag}; {own}')
+    if tuple(config['input_size']) != facts['input_size']:
+        raise UserError(f'{run_dir}: images of {config["input_size"]}, {tag} has {facts["input_size"]}; {own}')
+
+
 def write_texts(folder: Path, results: dict[str, Any]) -> None:
-    """The card and the Hub's evaluation result, from results.json alone."""
-    entries = yaml.safe_dump(eval_result_entries_to_yaml([eval_result(results)]), sort_keys=False)
-    for name, text in (('README.md', str(model_card(results))), (f'.eval_results/{results["tag"]}.yaml', entries)):
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        temp = folder.with_name(f'{folder.name}.tmp')  # beside it: the folder never holds anything else
-        temp.write_text(text)
-        os.replace(temp, path)
+    """The card and, for the papers' data sets, the Hub's evaluation result, from results.json alone."""
+    write_text(folder / 'README.md', str(model_card(results)))
+    if results['tag'] in DATASETS:
+        entries = yaml.safe_dump(eval_result_entries_to_yaml([eval_result(results)]), sort_keys=False)
+        write_text(folder / '.eval_results' / f'{results["tag"]}.yaml', entries)
 
 
 def git_commit() -> str:

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,15 +21,41 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..data import load_images
-from ..inference import evaluate
+from ..inference import decoded_size, evaluate
 from ..models import FAMILIES, data_sha256, hub_errors, released
+from ..papers import DATASETS
+from ..utils import UserError
 
 #: Every file of a release; `.gitattributes` is the Hub's own.
 REQUIRED = ('config.json', 'model.safetensors', 'README.md', 'results.json')
 _ALLOWED = re.compile(rf'({"|".join(map(re.escape, REQUIRED))}|\.gitattributes|\.eval_results/\w+\.yaml)')
 _OTHER_WEIGHTS = re.compile(r'.*\.(bin|pt|pth|pth\.tar|tar|pkl|pickle|ckpt|npz|h5|onnx|msgpack|safetensors)')
 #: Arguments that timm writes into config.json and that leave the architecture as its name says.
-_MODEL_ARGS = {'in_chans', 'num_classes', 'global_pool', 'stem_stride'}
+MODEL_ARGS = {'in_chans', 'num_classes', 'global_pool', 'stem_stride'}
+#: Keys of config.json, and of its pretrained_cfg: nothing that names a file, an address or code.
+_CONFIG_KEYS = {
+    *('architecture', 'num_classes', 'num_features', 'global_pool', 'label_names', 'label_descriptions'),
+    *('model_args', 'pretrained_cfg'),
+}
+_PRETRAINED_CFG = {
+    *('tag', 'custom_load', 'input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std'),
+    *('num_classes', 'label_names', 'pool_size', 'first_conv', 'classifier'),
+}
+_POOLS = ('avg', 'max', 'avgmax', 'catavgmax')
+_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+#: What a card, a table and the checks read of results.json.
+_RESULTS = dict(
+    model=str, tag=str, parameters=int, multiply_adds=int, weights=dict, checkpoint=dict, test=dict, epochs=int,
+    arguments=dict, options=dict, versions=dict, hardware=str, curve=list,
+)  # fmt: skip
+#: The file that each check is about.
+_FILES = dict(header='model.safetensors', config='config.json') | dict.fromkeys(
+    ('parameters', 'values', 'hashes', 'forward'), 'model.safetensors'
+)
+#: The largest weight that is sound.
+LARGEST = 1e6
+#: The largest text file that is read, in bytes.
+_LARGEST_TEXT = 2**24
 #: How far the measured top-1 may lie from the claimed, in percentage points.
 TOLERANCE = 0.05
 
@@ -45,14 +72,14 @@ def resolve(target: str | Path) -> Path:
     """The release folder that `target` names: `<arch>.<tag>`, `<arch>`, or a folder.
 
     Raises:
-        ValueError: neither.
+        UserError: neither.
     """
     folders = released()
     for name, folder in folders.items():
         if str(target) in (name, name.partition('.')[0]):
             return folder
     if not Path(target).is_dir():
-        raise ValueError(f'{target}: neither a release ({", ".join(folders) or "there are none"}) nor a folder')
+        raise UserError(f'{target}: neither a release ({", ".join(folders) or "there are none"}) nor a folder')
     return Path(target)
 
 
@@ -77,7 +104,7 @@ def verify(
         The checks in order. The first that fails is the last: what comes after it would rest on it.
 
     Raises:
-        ValueError: `target` names nothing.
+        UserError: `target` names nothing.
         HubError: the Hub does not give the repository.
     """
     data = dict(data_dir=data_dir, dataset=dataset, split=split)
@@ -96,7 +123,7 @@ def download(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> Ch
     paths = [entry.path for entry in entries]
     try:
         _check_names(paths)
-    except ValueError as e:
+    except UserError as e:
         return Check('files', False, str(e))
     for path in paths:
         api.hf_hub_download(repo_id, path, revision=revision, local_dir=folder, force_download=True)
@@ -116,30 +143,69 @@ def verify_folder(
         release.parameters,
         release.values,
         release.hashes,
+        release.forward,
     ]
     if data_dir is not None:
-        data = load_images(data_dir, split, name=dataset)
-        functions.append(lambda: release.accuracy(data))
+        functions.append(lambda: release.accuracy(data_dir, split, dataset))
     checks = []
     for function in functions:
         name = getattr(function, '__name__', '').replace('<lambda>', 'accuracy')
         try:
             checks.append(Check(name, True, function()))
-        except (ValueError, KeyError, TypeError, RuntimeError, AssertionError, OSError) as e:  # timm's, of a config
-            checks.append(Check(name, False, str(e) if isinstance(e, ValueError) else f'{type(e).__name__}: {e}'))
+        except UserError as e:
+            checks.append(Check(name, False, str(e)))
+            break
+        except Exception as e:  # a check that cannot run is a failed one, whatever timm or torch says of it
+            file = _FILES.get(name, folder)
+            checks.append(Check(name, False, f'{file}: the check cannot run, {type(e).__name__}: {str(e)[:300]}'))
             break
     return checks
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A mapping from a JSON file, without NaN, and with each key once."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise UserError(f'{path.name}: a key is there twice')
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise UserError(f'{path.name}: {constant} is no number')
+
+    if path.stat().st_size > _LARGEST_TEXT:
+        raise UserError(f'{path.name}: over {_LARGEST_TEXT:,} bytes')
+    try:
+        data = json.loads(path.read_text('utf-8'), object_pairs_hook=unique, parse_constant=refuse)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise UserError(f'{path.name}: not JSON ({e})') from e
+    if not isinstance(data, dict):
+        raise UserError(f'{path.name}: holds a {type(data).__name__}, not a mapping')
+    return data
+
+
+def _in_range(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UserError(f'{name} is {value!r}, and must be {low:g} to {high:g}')
+
+
+def known_labels(tag: str, default: list[str]) -> list[str]:
+    """The class names of a data set in its order, as a release of it has them; `default` where there is none."""
+    for name, folder in released().items():
+        if name.endswith(f'.{tag}'):
+            return json.loads((folder / 'config.json').read_text())['label_names']
+    return default
 
 
 def _check_names(paths: list[str]) -> None:
     for path in paths:
         if '..' in Path(path).parts or Path(path).is_absolute() or '\\' in path or ':' in path:
-            raise ValueError(f'{path!r} leads out of the folder')
+            raise UserError(f'{path!r} leads out of the folder')
         if not _ALLOWED.fullmatch(path):
             kind = 'weights other than model.safetensors' if _OTHER_WEIGHTS.fullmatch(path) else 'unexpected'
-            raise ValueError(f'{path}: {kind}; a release holds {", ".join(REQUIRED)} and .eval_results/*.yaml')
+            raise UserError(f'{path}: {kind}; a release holds {", ".join(REQUIRED)} and .eval_results/*.yaml')
     if missing := set(REQUIRED).difference(paths):
-        raise ValueError(f'lacks {", ".join(sorted(missing))}')
+        raise UserError(f'lacks {", ".join(sorted(missing))}')
 
 
 @dataclass(frozen=True)
@@ -154,13 +220,22 @@ class _Release:
 
     @cached_property
     def results(self) -> dict[str, Any]:
-        return json.loads((self.folder / 'results.json').read_text())
+        results = _read_json(self.folder / 'results.json')
+        for key, kind in _RESULTS.items():
+            if not isinstance(results.get(key), kind) or isinstance(results[key], bool):
+                raise UserError(f'results.json: {key} is {results.get(key)!r}')
+        test = results['test']
+        for key in ('top1', 'top5', 'ece'):
+            _in_range(f'results.json: test {key}', test.get(key), 0, 100)
+        _in_range('results.json: test loss', test.get('loss'), 0, 1e6)
+        _in_range('results.json: test images', test.get('images'), 1, 1e9)
+        return results
 
     def files(self) -> str:
         paths = [p for p in self.folder.rglob('*') if p.is_symlink() or not p.is_dir()]
         for path in paths:
             if path.is_symlink() or not path.is_file():
-                raise ValueError(f'{path.name}: not a regular file')
+                raise UserError(f'{path.name}: not a regular file')
         _check_names([p.relative_to(self.folder).as_posix() for p in paths])
         return f'{len(paths)} files, safetensors the only weights'
 
@@ -169,10 +244,10 @@ class _Release:
             with safe_open(self.weights, 'pt') as f:  # refuses a header that is oversized or points outside the file
                 metadata, tensors = f.metadata() or {}, len(f.keys())
         except SafetensorError as e:
-            raise ValueError(f'model.safetensors: {e}') from e
+            raise UserError(f'model.safetensors: {e}') from e
         name = f'{metadata.get("architecture")}.{metadata.get("tag")}'
         if name != self.name:
-            raise ValueError(f'model.safetensors is of {name}, results.json of {self.name}')
+            raise UserError(f'model.safetensors is of {name}, results.json of {self.name}')
         return f'{tensors} tensors of {name}'
 
     @property
@@ -180,18 +255,90 @@ class _Release:
         return f'{self.results["model"]}.{self.results["tag"]}'
 
     def config(self) -> str:
-        config = json.loads((self.folder / 'config.json').read_text())
-        arch, args, labels = config['architecture'], config.get('model_args', {}), config['label_names']
+        config = _read_json(self.folder / 'config.json')
+        arch, args, cfg = config.get('architecture'), config.get('model_args', {}), config.get('pretrained_cfg')
         if arch not in timm.list_models(module=FAMILIES):
-            raise ValueError(f'config.json: unknown architecture {arch!r}; `poolattn list` has those that there are')
+            raise UserError(f'config.json: unknown architecture {arch!r}; `poolattn list` has those that there are')
         if arch != self.results['model']:
-            raise ValueError(f'config.json is of {arch}, results.json of {self.results["model"]}')
-        if unknown := sorted(set(args) - _MODEL_ARGS):
-            raise ValueError(f'config.json: model_args {", ".join(unknown)} would build another network than {arch}')
-        if len(labels) != config['num_classes'] or args.get('num_classes', len(labels)) != len(labels):
-            raise ValueError(f'config.json: {config["num_classes"]} classes, {len(labels)} label names')
-        self.model('meta')
+            raise UserError(f'config.json is of {arch}, results.json of {self.results["model"]}')
+        if unknown := sorted(config.keys() - _CONFIG_KEYS):
+            raise UserError(f'config.json: {", ".join(unknown)}: no such key; it has {", ".join(sorted(_CONFIG_KEYS))}')
+        if not isinstance(args, dict) or not isinstance(cfg, dict):
+            raise UserError('config.json: model_args and pretrained_cfg are mappings')
+        own = timm.model_entrypoint(arch).model_args  # the name's own arguments may be repeated
+        if unknown := sorted(k for k in args if k not in MODEL_ARGS and (k not in own or args[k] != own[k])):
+            raise UserError(f'config.json: model_args {", ".join(unknown)} would build another network than {arch}')
+        if unknown := sorted(cfg.keys() - _PRETRAINED_CFG):
+            raise UserError(f'config.json: pretrained_cfg has {", ".join(unknown)}, which is not of a release')
+        self._check_classes(config, args, cfg)
+        self._check_images(cfg)
+        size = cfg['input_size']
+        pool = config.get('global_pool')
+        for key, value, known in (
+            ('in_chans', args.get('in_chans', size[0]), (size[0],)),
+            ('stem_stride', args.get('stem_stride', 1), (1, 2)),
+            ('global_pool', pool, _POOLS),
+            ('global_pool', args.get('global_pool', pool), (pool,)),
+            ('tag', cfg.get('tag', self.results['tag']), (self.results['tag'],)),
+            ('custom_load', cfg.get('custom_load', False), (False,)),
+            ('fixed_input_size', cfg.get('fixed_input_size', False), (False,)),
+        ):
+            if value not in known or type(value) is not type(known[0]):
+                raise UserError(f'config.json: {key} is {value!r}, not {" or ".join(map(repr, known))}')
+        model = self.model('meta')
+        plain = timm.create_model(arch, device='meta').pretrained_cfg
+        for key in ('first_conv', 'classifier'):
+            if cfg.get(key) != plain.get(key):
+                raise UserError(f'config.json: {key} is {cfg.get(key)!r}, not {plain.get(key)!r}')
+        if config.get('num_features') != model.num_features:
+            raise UserError(f'config.json: num_features is {config.get("num_features")!r}, not {model.num_features}')
         return f'{arch} with {config["num_classes"]} classes, by timm'
+
+    def _check_classes(self, config: dict[str, Any], args: dict[str, Any], cfg: dict[str, Any]) -> None:
+        count, labels, tag = config.get('num_classes'), config.get('label_names'), self.results['tag']
+        if type(count) is not int or not 0 < count <= 100_000:
+            raise UserError(f'config.json: num_classes is {count!r}, and must be 1 to 100,000')
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise UserError('config.json: label_names must be a list of texts')
+        if len(labels) != count:
+            raise UserError(f'config.json: {count} classes, {len(labels)} label names')
+        for where in (args, cfg):
+            if type(where.get('num_classes', count)) is not int or where.get('num_classes', count) != count:
+                raise UserError(f'config.json: {count} classes, and {where["num_classes"]!r} in a part of it')
+        if cfg.get('label_names', labels) != labels:
+            raise UserError('config.json: its two lists of label names differ')
+        for label in labels:
+            if not label.strip() or len(label) > 300 or any(unicodedata.category(c)[0] == 'C' for c in label):
+                raise UserError(f'config.json: label name {label!r} is empty, too long, or holds control characters')
+        if len(set(labels)) < count:
+            twice = next(label for label in labels if labels.count(label) > 1)
+            raise UserError(f'config.json: label name {twice!r} is there twice')
+        if tag in DATASETS and (count != DATASETS[tag]['num_classes'] or labels != known_labels(tag, labels)):
+            raise UserError(f'config.json: label_names are not those of {tag} in its order')
+
+    def _check_images(self, cfg: dict[str, Any]) -> None:
+        size, tag = cfg.get('input_size'), self.results['tag']
+        if not isinstance(size, list) or len(size) != 3 or any(type(n) is not int for n in size):
+            raise UserError(f'config.json: input_size is {size!r}, and must be channels, height and width')
+        if not (1 <= size[0] <= 16 and all(8 <= n <= 1024 for n in size[1:])):
+            raise UserError(f'config.json: input_size is {size!r}; 1 to 16 channels and sides of 8 to 1024 are sound')
+        if tag in DATASETS and tuple(size) != DATASETS[tag]['input_size']:
+            raise UserError(f'config.json: input_size is {size}, {tag} has {list(DATASETS[tag]["input_size"])}')
+        for key, low in (('mean', 0), ('std', 1e-3)):
+            values = cfg.get(key)
+            if not isinstance(values, list) or len(values) != size[0]:
+                raise UserError(f'config.json: {key} is {values!r}, and must be a list of {size[0]} numbers')
+            for value in values:
+                _in_range(f'config.json: {key}', value, low, 1)
+        _in_range('config.json: crop_pct', cfg.get('crop_pct'), 0.1, 1)
+        for key, known in (('interpolation', _INTERPOLATIONS), ('crop_mode', ('center', 'squash', 'border'))):
+            if cfg.get(key) not in known:
+                raise UserError(f'config.json: {key} is {cfg.get(key)!r}, not one of {", ".join(known)}')
+        pool = cfg.get('pool_size')
+        if pool is not None and not (
+            isinstance(pool, list) and len(pool) == 2 and all(type(n) is int and 0 < n <= 1024 for n in pool)
+        ):
+            raise UserError(f'config.json: pool_size is {pool!r}, and must be height and width')
 
     def model(self, device: str = 'cpu') -> torch.nn.Module:
         """As timm builds it from config.json; with its weights, unless on 'meta'."""
@@ -205,20 +352,27 @@ class _Release:
         expected = {name: list(weight.shape) for name, weight in model.state_dict().items()}
         if differing := sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n)):
             name = differing[0]
-            raise ValueError(
+            raise UserError(
                 f'{len(differing)} tensors are not those of {self.results["model"]}, {name} the first: '
                 f'{shapes.get(name, "absent")} in the file, {expected.get(name, "absent")} in the registry'
             )
         count = sum(math.prod(p.shape) for p in model.parameters())
         if count != self.results['parameters']:
-            raise ValueError(f'results.json says {self.results["parameters"]:,}, the registry {count:,}')
+            raise UserError(f'results.json says {self.results["parameters"]:,}, the registry {count:,}')
         return f'{count:,}, as in the registry'
 
     def values(self) -> str:
+        expected = self.model('meta').state_dict()
         for name, weight in load_file(self.weights).items():
+            if weight.dtype != expected[name].dtype:
+                raise UserError(f'{name} is {weight.dtype}, and must be {expected[name].dtype}')
             if not weight.isfinite().all():
-                raise ValueError(f'{name} holds NaN or infinity')
-        return 'all finite'
+                raise UserError(f'{name} holds NaN or infinity')
+            if weight.is_floating_point() and weight.abs().max() > LARGEST:
+                raise UserError(f'{name} holds {weight.abs().max():.1e}: no training ends beyond {LARGEST:.0e}')
+            if name.endswith(('running_var', 'num_batches_tracked')) and (weight < 0).any():
+                raise UserError(f'{name} is negative')
+        return 'all finite, of the right type'
 
     def hashes(self) -> str:
         with safe_open(self.weights, 'pt') as f:
@@ -226,15 +380,28 @@ class _Release:
         whole, data = hashlib.sha256(self.weights.read_bytes()).hexdigest(), data_sha256(self.weights)
         claimed = self.results['weights']
         if (whole, data) != (claimed['sha256'], claimed['data_sha256']) or data != metadata.get('data_sha256'):
-            raise ValueError(f'model.safetensors is {whole[:12]}, results.json says {claimed["sha256"][:12]}')
+            raise UserError(f'model.safetensors is {whole[:12]}, results.json says {claimed["sha256"][:12]}')
         return f'sha256 {whole[:12]}, as in results.json'
 
-    def accuracy(self, data) -> str:
-        claimed = self.results['test']
-        measured = evaluate(self.model(), data)
+    @torch.inference_mode()
+    def forward(self) -> str:
+        model = self.model()
+        images = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
+        output = model(images)
+        if output.shape != (2, model.num_classes) or not output.isfinite().all():
+            raise UserError('model.safetensors: an image gives no finite number for each class')
+        if output[0].equal(output[1]):
+            raise UserError('model.safetensors: two images that differ give the very same numbers')
+        return f'an image gives {model.num_classes} finite numbers'
+
+    def accuracy(self, data_dir: str | Path, split: str, dataset: str) -> str:
+        claimed, model = self.results['test'], self.model()
+        img_mode = 'L' if model.in_chans == 1 else 'RGB'
+        data = load_images(data_dir, split, name=dataset, img_mode=img_mode, size=decoded_size(model))
+        measured = evaluate(model, data)
         if measured['images'] != claimed['images']:
-            raise ValueError(f'claimed on {claimed["images"]:,} images, this data has {measured["images"]:,}')
+            raise UserError(f'claimed on {claimed["images"]:,} images, this data has {measured["images"]:,}')
         detail = f'{measured["top1"]:.2f}% measured, {claimed["top1"]:.2f}% claimed'
         if abs(measured['top1'] - claimed['top1']) > TOLERANCE + 1e-9:
-            raise ValueError(f'{detail}: more than {TOLERANCE} apart')
+            raise UserError(f'{detail}: more than {TOLERANCE} apart')
         return detail

@@ -1,0 +1,76 @@
+"""transformers reads our releases once timm_poolattn is imported."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+from timm_poolattn.models import released
+
+transformers = pytest.importorskip('transformers')
+pytestmark = pytest.mark.compat
+
+NAME = 'resnet20_saam.cifar10'
+
+
+@pytest.fixture(params=['resnet20_saam.cifar10', 'resnet20_fa.cifar100', 'resnet20_spem.cifar10'])
+def folder(request):
+    return released()[request.param]
+
+
+def test_same_logits_and_label_names(folder):
+    model, info = transformers.AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert not info['missing_keys'] and not info['unexpected_keys'] and not info['mismatched_keys']
+    images = torch.randn(4, 3, 32, 32)
+    expected = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(images)
+    torch.testing.assert_close(model.eval()(images).logits, expected)
+    labels = json.loads((folder / 'config.json').read_text())['label_names']
+    assert model.config.id2label == dict(enumerate(labels))
+
+
+def test_pipeline():
+    skimage = pytest.importorskip('skimage')
+    classify = transformers.pipeline('image-classification', str(released()[NAME]))
+    best = classify(f'{skimage.__path__[0]}/data/chelsea.png')[0]
+    assert best['label'] == 'cat' and best['score'] > 0.5
+
+
+def test_saved_again(folder, tmp_path):
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(again(images).logits, model(images).logits)
+
+
+def test_new_classes():
+    model = transformers.AutoModelForImageClassification.from_pretrained(
+        released()[NAME], num_labels=3, ignore_mismatched_sizes=True
+    )
+    assert model(torch.randn(2, 3, 32, 32)).logits.shape == (2, 3)
+
+
+def test_trainer(tmp_path):
+    pytest.importorskip('accelerate')
+    model = transformers.AutoModelForImageClassification.from_pretrained(released()[NAME])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    rows = [dict(pixel_values=torch.randn(3, 32, 32), labels=i % 10) for i in range(8)]
+    args = transformers.TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to=[], save_strategy='no'
+    )
+    transformers.Trainer(model, args, train_dataset=rows).train()
+    assert all(not p.equal(before[name]) for name, p in model.named_parameters() if 'conv' in name)
+
+
+def test_without_the_import():
+    """What the card quotes."""
+    code = (
+        f'from transformers import AutoModelForImageClassification as M\nM.from_pretrained({str(released()[NAME])!r})'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    said = "The model architecture 'resnet20_saam' is not supported in your version of timm"
+    assert done.returncode and said in done.stderr
+    assert said in (released()[NAME] / 'README.md').read_text()
