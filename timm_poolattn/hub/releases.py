@@ -95,9 +95,8 @@ def release(
     try:
         model.load_state_dict(clean_state_dict(saved.get('state_dict_ema', saved['state_dict'])))
     except RuntimeError as e:
-        raise UserError(
-            f'{run_dir}: {CHECKPOINTS[checkpoint]} is not of the model that args.yaml says: {" ".join(str(e).split())[:300]}'
-        ) from e
+        said = ' '.join(str(e).split())[:300]
+        raise UserError(f'{run_dir}: {CHECKPOINTS[checkpoint]} is not of the model that args.yaml says: {said}') from e
     model.pretrained_cfg['tag'] = tag
     config = dict(resolve_data_config(args, model=model), crop_pct=args.get('crop_pct') or 1.0)  # as it was evaluated
     height, width = config['input_size'][1:]
