@@ -110,8 +110,8 @@ def test_subclassed_and_patched_gates(name, training):
         for gate in gates(model):
             cls = type(gate)
 
-            def forward(*args, _cls=cls, _gate=gate, **kwargs):
-                calls.append(_gate)
+            def forward(*args, _cls=cls, _gate=gate, _calls=calls, **kwargs):
+                _calls.append(_gate)
                 return _cls.forward(_gate, *args, **kwargs) * 0
 
             if patch:
@@ -198,7 +198,7 @@ def test_copies_and_devices(name):
 
 
 def trained(name):
-    """The weights that the package has of it, else its own after a few steps, so that quantising has something to keep."""
+    """The weights that the package has of it, or its own after a few steps: quantising needs something to keep."""
     if timm.models.is_model_pretrained(f'{name}.cifar10'):
         return timm.create_model(f'{name}.cifar10', pretrained=True).eval()
     model = timm.create_model(name)
