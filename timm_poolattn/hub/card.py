@@ -110,12 +110,17 @@ def model_card(results: dict[str, Any]) -> ModelCard:
     average = ' (the exponential moving average)' if results['checkpoint']['ema'] else ''
     versions = ', '.join(f'{k} {v}' for k, v in results['versions'].items())
     recipe = f'The recipe is `{results["recipe"]}`. ' if 'recipe' in results else ''
+    bfloat16 = ' with bfloat16' if results['arguments'].get('amp_dtype') == 'bfloat16' else ''
     start = results['arguments'].get('initial_checkpoint')
     if 'warm_start' in results:
         start = f'{start}`, made by `poolattn warm-start {results["warm_start"]} -o {start}'
     start = f'The first weights are those of `{start}`.\n\n' if start else ''
+    afters = (
+        f' after {run["after_epochs"]} epochs' if 'after_epochs' in run else '' for run in results.get('resumed', [])
+    )
     resumed = ''.join(
-        f'Resumed, with the test accuracy up to there known, from a run with\n\n{_yaml(run["arguments"])}\n\n'
+        f'Resumed{next(afters)}, with the test accuracy up to there known, from a run with\n\n'
+        f'{_yaml(run["arguments"])}\n\n'
         for run in results.get('resumed', [])
     )
     return ModelCard(f"""---
@@ -160,7 +165,7 @@ Without the import, transformers says: "The model architecture '{arch}' is not s
 
 ## Training
 
-{results['epochs']} epochs in {results['wall_time_s'] / 60:.0f} minutes on {results['hardware']}; {versions}.
+{results['epochs']} epochs in {results['wall_time_s'] / 60:.0f} minutes on {results['hardware']}{bfloat16}; {versions}.
 {recipe}All arguments of timm's train.py that are not its defaults, as a `recipe.yaml`:
 
 {_yaml(results['arguments'])}
