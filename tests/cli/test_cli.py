@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from timm_poolattn.cli import main
-from timm_poolattn.models import released
-from timm_poolattn.report import catalog
-from timm_poolattn.report.catalog import benchmark_tables, list_models, markdown_table, readme_tables
+from timm_poolattn.report.model_list import list_models
 
 
 def run(*args, code=0):
@@ -63,11 +60,6 @@ class TestList:
         convs = sum(9 * (c // (2 if i == 0 and c > 16 else 1)) * c * at[c] for c in at for i in range(6))
         shortcuts = 16 * 16 * at[16] + 16 * 32 * at[32] + 32 * 64 * at[64]
         assert list_models('resnet20')[0]['multiply_adds'] == 27 * 16 * at[16] + convs + shortcuts + 640
-
-    def test_counts_are_kept(self, monkeypatch):
-        rows = list_models('resnet20_s*')
-        monkeypatch.setattr(catalog, 'multiply_adds', None)
-        assert list_models('resnet20_s*') == rows and list_models('resnet20_saam') == rows[:1]
 
     def test_gates_and_families(self):
         rows = {r['model']: (r['family'], r['gate']) for r in list_models('*v*19*') + list_models('inception*fa')}
@@ -154,39 +146,6 @@ class TestValidate:
         assert 'no split' in fails('validate', '--model', trained, '--data-dir', image_folder, '--split', 'x')
         (image_folder / 'test' / 'dog').rename(image_folder / 'test' / 'horse')
         assert 'not trained on the classes horse' in fails('validate', '--model', trained, '--data-dir', image_folder)
-
-
-class TestReadmeTable:
-    def test_is_generated_from_results(self):
-        table = markdown_table()
-        for name, folder in released().items():
-            top1 = json.loads((folder / 'results.json').read_text())['test']['top1']
-            assert f'| `{name}` |' in table and f'| {top1:.2f} |' in table
-
-    def test_the_repositorys_are_up_to_date(self):
-        text = (Path(__file__).parents[2] / 'README.md').read_text()
-        for start, table in readme_tables().items():
-            assert f'{start}\n{table}\n' in text
-
-    def test_benchmarks_are_those_of_the_json(self):
-        table = benchmark_tables()
-        for path in (Path(__file__).parents[2] / 'timm_poolattn' / 'bench' / 'results').glob('*.json'):
-            result = json.loads(path.read_text())
-            assert result['date'] in table and result['torch'] in table
-            for row in result['rows']:
-                assert f'| {row["gate" if "gate" in row else "model"]} |' in table
-
-    def test_writes_between_its_marks_alone(self, tmp_path):
-        path = tmp_path / 'README.md'
-        start, table = next(iter(readme_tables().items()))
-        end = table.splitlines()[-1]
-        path.write_text(f'before\n{start}\nold\n{end}\nafter\n')
-        run('readme', path)
-        assert path.read_text() == f'before\n{start}\n{table}\nafter\n'
-        for text in ('no marks', f'{start}\nno end'):
-            path.write_text(text)
-            assert 'needs' in fails('readme', path)
-            assert path.read_text() == text
 
 
 def test_train_without_script(monkeypatch, tmp_path):

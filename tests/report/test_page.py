@@ -8,28 +8,23 @@ from pathlib import Path
 import pytest
 
 from timm_poolattn.models import released
-from timm_poolattn.papers import table_rows
+from timm_poolattn.papers import model_args, table_rows
 from timm_poolattn.report import page as report
-from timm_poolattn.report.catalog import list_models
-from timm_poolattn.report.page import (
-    matching_results,
-    papers_table,
-    read_benchmark,
-    report_rows,
-    training_rate,
-    write_report,
-)
+from timm_poolattn.report.model_list import list_models
+from timm_poolattn.report.page import markdown_report, read_benchmark, summary_table, write_report
 from timm_poolattn.report.results import load_results
+from timm_poolattn.report.rows import measured_runs, report_rows, results_of, training_rate
 from timm_poolattn.training import recipes
+from timm_poolattn.utils import UserError
 
-from ..cli.test_cli import fails, run
+from ..cli.test_cli import fails
 
 
 @pytest.fixture(scope='module')
 def some_runs():
     """Results of resnet20_saam: two seeds of the paper's recipe, one shorter run, and one of another architecture."""
     ours = next(r for r in load_results() if (r['model'], r['tag']) == ('resnet20_saam', 'cifar10'))
-    long = {**ours, 'options': dict(recipe='saam-cifar10'), 'arguments': dict(lr=0.1), 'epochs': 182}
+    long = {**ours, 'recipe': 'saam-cifar10', 'arguments': dict(lr=0.1), 'epochs': 182}
     runs = [{**long, 'seed': seed, 'test': dict(ours['test'], top1=top1)} for seed, top1 in ((1, 92.5), (2, 92.9))]
     other = {**long, 'arguments': dict(model_kwargs=dict(gate_kwargs=dict(kernel_size=7)))}
     return [ours, *runs, other]
@@ -37,21 +32,15 @@ def some_runs():
 
 @pytest.fixture(scope='module')
 def page(tmp_path_factory, some_runs):
-    """The page with all rows. What is counted has its own test: it takes a minute."""
+    """The page with all rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, 'multiply_adds', lambda model: 10 * sum(p.numel() for p in model.parameters()))
         patch.setattr(report, 'load_results', lambda: some_runs)
         folder = tmp_path_factory.mktemp('report')
         benchmark = folder / 'benchmark.json'
-        measured = dict(mode='eager', inference_images_per_s=1234.5)
-        rows = [
-            dict(model='resnet20_saam', **measured),
-            dict(model='resnet20_saam', **{**measured, 'mode': 'compiled'}),
-        ]
+        measured = dict(model='resnet20_saam', dtype='float32', inference_images_per_s=1234.5)
+        rows = [dict(mode='eager', **measured), dict(mode='compiled', **{**measured, 'inference_images_per_s': 2})]
         benchmark.write_text(json.dumps(dict(rows=rows)))
-        report._trunk.cache_clear()
         path = write_report(folder / 'report.html', benchmark)
-    report._trunk.cache_clear()
     return path
 
 
@@ -88,13 +77,15 @@ def column(tab, name):
 class TestRows:
     def test_a_result_belongs_to_rows_of_its_architecture(self, some_runs):
         rows = [r for r in table_rows() if r['model'] == 'resnet20_saam']
-        assert [len(matching_results(r, some_runs)) for r in rows if r['dataset'] == 'cifar10'] == [3]
-        assert not any(matching_results(r, some_runs) for r in rows if r['dataset'] != 'cifar10')
+        assert [len(results_of(model_args(r), some_runs)) for r in rows if r['dataset'] == 'cifar10'] == [3]
+        assert not any(results_of(model_args(r), some_runs) for r in rows if r['dataset'] != 'cifar10')
 
     def test_flavours_and_variants_are_told_apart(self):
         result = dict(model='resnet56_se', tag='cifar10', arguments={})
-        of = lambda paper, r: matching_results(  # noqa: E731
-            next(x for x in table_rows() if (x['paper'], x['model'], x['dataset']) == (paper, r['model'], r['tag'])),
+        of = lambda paper, r: results_of(  # noqa: E731
+            model_args(
+                next(x for x in table_rows() if (x['paper'], x['model'], x['dataset']) == (paper, r['model'], r['tag']))
+            ),
             [r],
         )
         assert of('saam', result) and not of('fa', result)
@@ -102,15 +93,14 @@ class TestRows:
         assert of('fa', fa) and not of('saam', fa)
         fixed = dict(fixed_lambda=0.3)
         spem = dict(model='resnet164_spem', tag='cifar10', arguments=dict(model_kwargs=dict(gate_kwargs=fixed)))
-        matched = [r['variant'] for r in table_rows() if matching_results(r, [spem])]
+        matched = [r['variant'] for r in table_rows() if results_of(model_args(r), [spem])]
         assert matched == ['fixed lambda 0.3: u = 0.3 f_max + 0.7 f_min']
         learned = dict(model='resnet164_spem', tag='cifar10', arguments={})
-        tables = [r['table'] for r in table_rows() if matching_results(r, [learned])]
+        tables = [r['table'] for r in table_rows() if results_of(model_args(r), [learned])]
         assert tables == ['1', '2', '3', '4']  # the paper prints it in each
 
-    @pytest.mark.slow
     def test_counts(self):
-        rows = report_rows()
+        rows = report_rows(load_results())
         assert len(rows) == 158
         own = {r['model']: r for r in list_models('resnet20_*')}
         for row in rows:
@@ -129,6 +119,24 @@ class TestRows:
         )
         ratio = large['multiply_adds'] / small['multiply_adds']
         assert large['estimated_hours'] / small['estimated_hours'] == pytest.approx(ratio)
+
+    def test_recipe_and_start(self):
+        runs = {r['recipe'] for row in report_rows(load_results()) for r in row['measured']}
+        assert 'cpu-short' in runs and 'cpu-short, from resnet20_saam.cifar10' in runs and 'own recipe' not in runs
+
+    def test_gate_less_plain(self, some_runs):
+        """Where both were trained alike, with the seeds of each."""
+        gated = some_runs[1:3]  # 92.5, 92.9
+        plain = [
+            {**r, 'model': 'resnet20', 'test': dict(r['test'], top1=top1)}
+            for r, top1 in zip(gated, (92.0, 92.2), strict=True)
+        ]
+        args = dict(model_name='resnet20_saam.cifar10')
+        (entry,) = measured_runs(args, [*gated, *plain])
+        error = ((0.28**2 + 0.14**2) / 2) ** 0.5
+        assert entry['gain'] == dict(difference=0.6, error=pytest.approx(error, abs=0.01), plain_seeds=2)
+        (entry,) = measured_runs(args, [*gated, {**plain[0], 'recipe': 'another'}])
+        assert entry['gain'] is None
 
     def test_rate(self, some_runs):
         macs = list_models('resnet20_saam')[0]['multiply_adds']
@@ -155,8 +163,6 @@ class TestRows:
 
         from timm.utils import ParseKwargs
 
-        from timm_poolattn.papers import model_args
-
         parser = argparse.ArgumentParser(allow_abbrev=False)
         parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
         rows = json.loads(re.search(r'const rows = (.*);\n', page.read_text())[1])
@@ -168,16 +174,20 @@ class TestRows:
 
 class TestPage:
     def test_every_row(self, tab):
-        assert tab.locator('#body tr').count() == 158
+        assert tab.locator('#body tr').count() == 1  # that was run; the rest is folded
+        tab.click('#fold')
+        assert tab.locator('#body tr').count() == 158 and column(tab, 'model')[0] == 'resnet20_saam'
         assert tab.locator('#count').inner_text() == '158 of 158 rows'
 
     def test_seeds_and_spread(self, tab):
         tab.select_option('#status', 'run')
-        (ours,) = column(tab, 'our top-1')
-        first, second, third, fourth = ours.split('\n')
-        assert (first, second) == ('92.70 ± 0.28', '2 seeds, 182 epochs')  # the longer training comes first
-        assert fourth.endswith('epochs') and third == '90.91'
-        assert column(tab, 'difference') == ['+0.10'] and column(tab, 'images/s') == ['1,235']
+        assert [column(tab, name)[0].split('\n') for name in ('our top-1', 'to the paper')] == [
+            ['1: 92.70 ± 0.28', '2: 90.91'],  # the longer training comes first
+            ['1: +0.10', '2: -1.69'],
+        ]
+        how = column(tab, 'training')[0]
+        assert '1: saam-cifar10, 182 epochs, 2 seeds' in how and '2: cpu-short, 16 epochs, 1 seed' in how
+        assert column(tab, 'images/s') == ['1,235']
         card = tab.locator('#body a', has_text='model card').first
         assert card.get_attribute('href').endswith('hub_configs/resnet20_saam.cifar10/README.md')
 
@@ -187,6 +197,7 @@ class TestPage:
         assert all((page.parent / link).is_file() for link in cards.values())
 
     def test_filters(self, tab):
+        tab.click('#fold')
         counts = {}
         for row in table_rows():
             counts[row['paper']] = counts.get(row['paper'], 0) + 1
@@ -204,24 +215,31 @@ class TestPage:
         assert tab.locator('#body tr').count() == 0 and tab.locator('#plots figure').count() == 0
 
     def test_sorts(self, tab):
+        tab.select_option('#status', 'not run')
         head = tab.locator('#head button', has_text=re.compile('^parameters$'))
         for sign in (1, -1):
             head.click()
             values = [int(v.replace(',', '')) for v in column(tab, 'parameters')]
-            assert values == sorted(values, reverse=sign < 0) and len(values) == 158
+            assert values == sorted(values, reverse=sign < 0) and len(values) == 157
         assert head.locator('..').get_attribute('aria-sort') == 'descending'
-        tab.locator('#head button', has_text='difference').click()
-        assert column(tab, 'difference')[:2] == ['+0.10', '']  # what has no value comes last
+        tab.locator('#head button', has_text='paper top-1').click()
+        assert column(tab, 'paper top-1')[0] and not column(tab, 'paper top-1')[-1]  # what has no value comes last
         tab.locator('#head button', has_text='model').click()
         models = column(tab, 'model')
         assert models.index('resnet20') < models.index('resnet110')  # numbers as numbers
 
     def test_plots_show_every_accuracy(self, tab):
-        printed = sum('top1' in r or 'top1_err' in r for r in table_rows())
         assert tab.locator('#plots figure').count() == 8  # four data sets, parameters and multiply-adds
-        marks = tab.locator('#plots svg > circle, #plots svg > path')
-        assert marks.count() == 2 * (printed + 2)
+        titles = [t for text in tab.locator('#plots title').all_text_contents() for t in text.split('\n')]
+        for row in table_rows():
+            if 'top1' in row and row['dataset'] == 'cifar10':
+                assert sum(t.endswith(f'Table {row["table"]}: {row["top1"]}%') for t in titles) >= 2, row
         assert tab.locator('#plots .ours').count() == 2 * 2
+        overlaps = """[...document.querySelectorAll('#plots svg')].flatMap(svg => {
+            const marks = [...svg.querySelectorAll('circle')].map(c => [c.cx.baseVal.value, c.cy.baseVal.value]);
+            const near = ([x, y]) => ([u, v]) => Math.hypot(x - u, y - v) < 6;
+            return marks.flatMap((mark, i) => marks.slice(0, i).filter(near(mark))); })"""
+        assert tab.evaluate(overlaps) == []
         outside = """[...document.querySelectorAll('#plots svg')].flatMap(svg => {
             const frame = svg.getBoundingClientRect();
             return [...svg.querySelectorAll('circle, path, text')].filter(mark => {
@@ -249,34 +267,38 @@ class TestPage:
             assert (max(ink, page) + 0.05) / (min(ink, page) + 0.05) >= 4.5, selector
         if width < 1150:  # cards in place of columns: every figure with its name
             assert not tab.locator('thead').is_visible() and tab.locator('#sort').is_visible()
+            tab.select_option('#status', 'not run')
             tab.select_option('#sort', label='parameters, falling')
             assert column(tab, 'parameters')[0].replace('\n', ' ').endswith('44,616,034')
 
 
 class TestFiles:
-    def test_markdown(self, tmp_path, monkeypatch, some_runs):
-        few = [r for r in table_rows() if r['model'] == 'resnet20_saam' or r['table'] == 'IV-D']
-        monkeypatch.setattr(report, 'table_rows', lambda: few)
-        monkeypatch.setattr(report, 'load_results', lambda: some_runs)
-        run('report', '-o', tmp_path / 'report.md')
-        text = (tmp_path / 'report.md').read_text()
-        assert '## SAAM, Table II' in text and '## SAAM, Table IV-D' in text
+    def test_markdown(self, some_runs):
+        text = markdown_report(report_rows(some_runs))
         assert (
-            '| `resnet20_saam` | CIFAR-10 |  | 281,051 | 41.2 | 92.60 | 92.70 ± 0.28 (2 seeds, 182 epochs) | +0.10 |  |'
-            in text
+            '| `resnet20_saam` | CIFAR-10 | SAAM, Table II | 92.60 | 92.70 ± 0.28 | +0.10 |  |'
+            ' saam-cifar10, 182 epochs, 2 seeds |' in text
         )
-        assert re.search(r'\| not run \|  \| `poolattn train --recipe saam-cifar100 .*` \(about .*\) \|', text)
+        assert text.index('## Rows that were run') < text.index('## Every row') < text.index('<summary>SAAM, Table II<')
+        assert re.search(r'\| not run \| `poolattn train --recipe saam-cifar100 .*` \(about .*\) \|', text)
 
-    def test_readme_summary(self, monkeypatch, some_runs):
-        monkeypatch.setattr(report, 'load_results', lambda: some_runs)
-        lines = papers_table().splitlines()
+    def test_summary(self, some_runs):
+        lines = summary_table(report_rows(some_runs)).splitlines()
         assert '| SAAM | CIFAR-10 | 15 | 1 | +0.10 |' in lines
         assert sum(int(line.split('|')[3]) for line in lines[2:]) == 158
+
+    def test_neighbours_are_left_alone(self, tmp_path):
+        """A name that a writer might use for its temporary file, a link among them."""
+        (tmp_path / 'mine').write_text('mine')
+        (tmp_path / 'x.tmp').symlink_to(tmp_path / 'mine')
+        write_report(tmp_path / 'x.html')
+        assert (tmp_path / 'mine').read_text() == 'mine' and (tmp_path / 'x.tmp').is_symlink()
+        assert {p.name for p in tmp_path.iterdir()} == {'mine', 'x.tmp', 'x.html'}
 
     def test_mistakes(self, tmp_path):
         assert 'a report is .html or .md' in fails('report', '-o', tmp_path / 'report.pdf')
         assert 'no such file' in fails('report', '-o', tmp_path / 'report.md', '--benchmark', tmp_path / 'x.json')
         Path(tmp_path / 'x.json').write_text('{"a": 1}')
-        with pytest.raises(ValueError, match='not what `poolattn bench models --json` prints'):
+        with pytest.raises(UserError, match='not what `poolattn bench models --json` prints'):
             read_benchmark(tmp_path / 'x.json')
         assert not list(tmp_path.glob('report*'))

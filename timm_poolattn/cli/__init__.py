@@ -61,7 +61,7 @@ def main() -> None:
 @json_option
 def list_(filter: str, as_json: bool) -> None:
     """List models: family, gate, size, and top-1 accuracy where trained. FILTER is a name or a pattern."""
-    from ..report.catalog import list_models
+    from ..report.model_list import list_models
 
     rows = list_models(filter)
     if not rows:
@@ -322,7 +322,7 @@ def cards() -> None:
     """Write the model cards of hub_configs again, from their results files."""
     from ..hub import write_texts
     from ..models import released
-    from ..report.catalog import released_results
+    from ..report.results import released_results
 
     for name, results in released_results().items():
         write_texts(released()[name], results)
@@ -330,13 +330,11 @@ def cards() -> None:
 
 
 @main.command()
-@click.argument('path', type=click.Path(path_type=Path), default='README.md')
-def readme(path: Path) -> None:
-    """Write the tables of README.md, from the results files and the benchmarks of this package."""
-    from ..report.catalog import write_tables
+def readme() -> None:
+    """Write the generated tables of the READMEs and results.csv, from the results files and the benchmarks."""
+    from ..report.readme_tables import write_tables
 
-    write_tables(path)
-    click.echo(f'wrote the tables of {path}')
+    click.echo(f'wrote {", ".join(map(str, write_tables()))}')
 
 
 @main.command()

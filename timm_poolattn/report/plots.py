@@ -18,7 +18,7 @@ from ..inference import load_pretrained
 from ..layers import SPEM
 from ..papers import model_args, table_rows
 from ..training import read_summary
-from .results import load_results
+from .results import load_results, read_results
 
 #: Okabe and Ito's colours, which people of any colour vision tell apart.
 _COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000')
@@ -41,26 +41,6 @@ def read_curve(run: str | Path) -> list[dict[str, float]]:
     if not curve:
         raise ValueError(f'{run}: no epoch of this run has ended yet')
     return curve
-
-
-def read_results(path: str | Path) -> dict[str, Any]:
-    """results.json, given as such or by its release folder.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file of another kind.
-    """
-    path = Path(path)
-    file = path / 'results.json' if path.is_dir() else path
-    try:
-        results = json.loads(file.read_text())
-        if not {'model', 'tag', 'test', 'arguments', 'curve'} <= results.keys():
-            raise ValueError
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{file}: no such file; `poolattn release` writes one') from None
-    except (ValueError, AttributeError):
-        raise ValueError(f'{file}: not a results.json of `poolattn release`') from None
-    return results
 
 
 def curves(runs: Sequence[str | Path], out: str | Path) -> Path:

@@ -5,12 +5,40 @@ from pathlib import Path
 from typing import Any
 
 from ..models import released
+from ..utils import MissingFileError, UserError
 
 #: results.json of the runs that no release folder holds, one file each.
 RESULTS_DIR = Path(__file__).parent / 'results'
 
 
+def read_results(path: str | Path) -> dict[str, Any]:
+    """results.json, given as such or by its release folder.
+
+    Raises:
+        MissingFileError: no such file.
+        UserError: a file of another kind.
+    """
+    path = Path(path)
+    file = path / 'results.json' if path.is_dir() else path
+    try:
+        results = json.loads(file.read_text(encoding='utf-8'))
+        if not {'model', 'tag', 'test', 'arguments', 'curve'} <= results.keys():
+            raise ValueError
+    except FileNotFoundError:
+        raise MissingFileError(f'{file}: no such file; `poolattn hub release` writes one') from None
+    except OSError as e:
+        raise UserError(f'{file}: cannot be read: {e.strerror}') from None
+    except (ValueError, AttributeError):
+        raise UserError(f'{file}: not a results.json of `poolattn hub release`') from None
+    return results
+
+
+def released_results() -> dict[str, dict[str, Any]]:
+    """results.json of the release folders that have one, by `<arch>.<tag>`."""
+    files = {name: folder / 'results.json' for name, folder in released().items()}
+    return {name: read_results(file) for name, file in files.items() if file.is_file()}
+
+
 def load_results() -> list[dict[str, Any]]:
     """results.json of every run that we know: of the release folders, then of `RESULTS_DIR`."""
-    paths = [folder / 'results.json' for folder in released().values()] + sorted(RESULTS_DIR.glob('*.json'))
-    return [json.loads(path.read_text()) for path in paths]
+    return [*released_results().values(), *map(read_results, sorted(RESULTS_DIR.glob('*.json')))]

@@ -1,0 +1,41 @@
+"""The packaged counts are what counting gives."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from timm_poolattn.report import counts
+from timm_poolattn.report.counts import count_model, countable, look_up_count
+from timm_poolattn.report.model_list import list_models
+
+PACKAGED = json.loads(Path(counts.__file__).with_name('counts.json').read_text())
+SAMPLE = ['resnet20_saam', 'resnet56_fase', 'resnet83_spem', 'vgg19_se', 'resnext29_fa']
+
+
+def test_every_model_and_row_is_there():
+    assert PACKAGED.keys() == countable().keys(), 'python -m timm_poolattn.report.counts'
+
+
+@pytest.mark.parametrize('name', SAMPLE)
+def test_sample(name):
+    assert PACKAGED[name] == count_model(model_name=name)
+
+
+@pytest.mark.slow
+def test_all():
+    assert {key: count_model(**args) for key, args in countable().items()} == PACKAGED
+
+
+def test_what_is_not_in_the_file_is_counted():
+    args = dict(model_name='resnet20_saam', gate_kwargs=dict(kernel_size=7))
+    assert look_up_count(**args) == count_model(**args)
+    more = look_up_count(**args)['parameters'] - PACKAGED['resnet20_saam']['parameters']
+    assert more == 9 * (7 * 7 - 5 * 5)
+
+
+def test_list_marks_weights():
+    (row,) = list_models('resnet110_saam', trained=True)
+    assert row['top1'].keys() == row['weights'].keys() and set(row['weights'].values()) <= {'packaged', 'download'}
+    assert all(r['top1'] for r in list_models(trained=True))
+    assert len(list_models()) > len(list_models(trained=True)) > 0

@@ -1,0 +1,56 @@
+"""Parameters and multiply-adds of all our models and of the papers' rows, which take minutes to count, as a file.
+
+`python -m timm_poolattn.report.counts` writes it again.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import timm
+from tqdm import tqdm
+
+from ..models import FAMILIES, multiply_adds
+from ..papers import model_args, table_rows
+from ..utils import write_text
+
+_FILE = Path(__file__).with_name('counts.json')
+
+
+def _key(args: dict[str, Any]) -> str:
+    return args['model_name'] if len(args) == 1 else json.dumps(args, sort_keys=True)
+
+
+@cache
+def _packaged() -> dict[str, dict[str, Any]]:
+    return json.loads(_FILE.read_text())
+
+
+def count_model(**args) -> dict[str, Any]:
+    """`gate` (None for none), `parameters` and `multiply_adds` of the model that timm.create_model(**args) builds."""
+    model = timm.create_model(**args, device='meta').to_empty(device='cpu')  # no initialisation
+    parameters = sum(p.numel() for p in model.parameters())
+    return dict(gate=model.gate, parameters=parameters, multiply_adds=multiply_adds(model))
+
+
+def look_up_count(**args) -> dict[str, Any]:
+    """As `count_model`, from the file where it has them."""
+    return _packaged().get(_key(args)) or count_model(**args)
+
+
+def countable() -> dict[str, dict[str, Any]]:
+    """Arguments of timm.create_model by their key in the file: of every name of ours, and of the papers' rows."""
+    names = [dict(model_name=name) for name in timm.list_models(module=FAMILIES)]
+    return {_key(args): args for args in [*names, *map(model_args, table_rows())]}
+
+
+def write_counts() -> None:
+    """Count everything that is `countable` into the file, a line each."""
+    bar = tqdm(countable().items(), desc='counting', unit='model', disable=None)
+    lines = [f'{json.dumps(key)}: {json.dumps(count_model(**args))}' for key, args in bar]
+    write_text(_FILE, '{\n' + ',\n'.join(lines) + '\n}\n')
+
+
+if __name__ == '__main__':
+    write_counts()

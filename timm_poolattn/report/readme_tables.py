@@ -1,0 +1,151 @@
+"""The generated tables of README.md and of bench/README.md, and all results as one CSV.
+
+`python -m timm_poolattn.report.readme_tables` writes them, in a checkout.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..papers import paper_top1
+from ..utils import UserError, write_text
+from .page import summary_table
+from .results import RESULTS_DIR, load_results, released_results
+from .rows import recipe_name, report_rows
+
+_PACKAGE = Path(__file__).parents[1]
+#: The files with tables between marks.
+READMES = (_PACKAGE.parent / 'README.md', _PACKAGE / 'bench' / 'README.md')
+RESULTS_CSV = RESULTS_DIR / 'results.csv'
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return '\n'.join(f'| {" | ".join(cells)} |' for cells in (columns, ['---'] * len(columns), *rows))
+
+
+def models_table() -> str:
+    """The trained models, from their results files."""
+    rows = []
+    for name, r in released_results().items():
+        paper = paper_top1(r['model'], r['tag'])
+        top1, printed = f'{r["test"]["top1"]:.2f}', '' if paper is None else f'{paper:.2f}'
+        rows.append([f'`{name}`', f'{r["parameters"]:,}', top1, printed, str(r['epochs']), recipe_name(r)])
+    return _table(['model', 'parameters', 'top-1 (%)', 'paper', 'epochs', 'recipe'], rows)
+
+
+def benchmark_files(kind: str) -> list[dict[str, Any]]:
+    """What `poolattn bench KIND --json` printed, 'models' or 'gates', in order of the files' names."""
+    return [json.loads(path.read_text()) for path in sorted((_PACKAGE / 'bench' / 'results').glob(f'{kind}*.json'))]
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    facts = ('batch_size', 'repeats', 'torch', 'timm', 'timm_poolattn', 'date')
+    known = ', '.join(f'{fact.replace("_", " ")} {result[fact]}' for fact in facts)
+    return f'{result["machine"]}, {result["threads"]} thread{"s" * (result["threads"] != 1)}, {known}'
+
+
+def _ratios(row: dict[str, Any], keys: Iterable[str], digits: int) -> list[str]:
+    return [f'{row[key]:.{digits}f}' if key in row else '' for key in keys]
+
+
+_MODEL_RATIOS = {
+    'inference': 'inference_to_plain',
+    'training': 'training_to_plain',
+    'memory': 'peak_to_plain',
+    'inference, to authors': 'inference_to_authors',
+    'training, to authors': 'training_to_authors',
+}
+
+
+def speed_table(rows: int = 10) -> str:
+    """For the README: the gated models of the benchmark, at most so many rows."""
+    measured = [r for result in benchmark_files('models') for r in result['rows'] if 'training_to_plain' in r]
+    ours = [r for r in measured if r['training_to_plain'] != 1 and r['model'] != 'SPEM authors']
+    ours.sort(key=lambda r: (r['model'], r['mode'] != 'compiled', r['dtype'], r['layout']))
+    keys = ('inference_to_plain', 'training_to_plain', 'peak_to_plain')
+    cells = ([f'`{r["model"]}`', r['mode'], r['dtype'], r['layout'], *_ratios(r, keys, 2)] for r in ours[:rows])
+    return _table(['model', 'mode', 'dtype', 'layout', 'inference', 'training', 'memory'], cells)
+
+
+def benchmark_tables() -> str:
+    """The benchmarks of networks and gates."""
+    tables = []
+    for result in benchmark_files('models'):
+        shown = {title: key for title, key in _MODEL_RATIOS.items() if any(key in r for r in result['rows'])}
+        rows = (
+            [r['model'], r['layout'], r['dtype'], r['mode'], *_ratios(r, shown.values(), 2)] for r in result['rows']
+        )
+        tables.append(f'Networks. {_conditions(result)}:\n\n')
+        tables[-1] += _table(['model', 'layout', 'dtype', 'mode', *shown], rows)
+    keys = [f'{kind}_ms_to_{other}' for other in ('identity', 'se') for kind in ('forward', 'training')]
+    keys += ['forward_moved', 'peak_maps']
+    for result in benchmark_files('gates'):
+        largest = max(r['size'] for r in result['rows'])
+        rows = (
+            [r['gate'], f'{r["channels"]}x{r["size"]}x{r["size"]}', r['layout'], r['dtype'], *_ratios(r, keys, 1)]
+            for r in result['rows']
+            if r['size'] == largest
+        )
+        columns = ['gate', 'map', 'layout', 'dtype', 'forward', 'training', 'forward, to SE', 'training, to SE']
+        tables.append(f'Gates on the largest map. {_conditions(result)}:\n\n')
+        tables[-1] += _table([*columns, 'moved', 'peak'], rows)
+    return '\n\n'.join(tables)
+
+
+def readme_tables() -> dict[str, str]:
+    """The generated tables by name, which `with_tables` puts between the marks of that name."""
+    papers = summary_table(report_rows(load_results()))
+    return dict(models=models_table(), papers=papers, speed=speed_table(), benchmarks=benchmark_tables())
+
+
+def with_tables(text: str, tables: dict[str, str]) -> str:
+    """`text` with each of `tables` that it has marks for put between them.
+
+    Raises:
+        UserError: a first mark without its last, or the reverse, or a name twice.
+    """
+    for name, table in tables.items():
+        start, end = rf'<!-- {name}: generated[^\n]*-->', f'<!-- /{name} -->'
+        firsts = len(re.findall(start, text))
+        if firsts != text.count(end) or firsts > 1:
+            raise UserError(f'needs one line <!-- {name}: generated --> and one line {end}, for the table between them')
+        block = f'<!-- {name}: generated by `python -m timm_poolattn.report.readme_tables` -->\n{table}\n{end}'
+        text = re.sub(rf'{start}.*?{re.escape(end)}', lambda _, block=block: block, text, flags=re.DOTALL)
+    return text
+
+
+def results_csv() -> str:
+    """All runs as one table for a spreadsheet, a line each; images/s at inference, eager, where benchmarked."""
+    speed = {
+        row['model']: row['inference_images_per_s']
+        for result in benchmark_files('models')
+        for row in reversed(result['rows'])
+        if (row['mode'], row['dtype']) == ('eager', 'float32')
+    }
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator='\n')
+    writer.writerow(
+        ['model', 'data', 'recipe', 'epochs', 'seed', 'top-1', 'parameters', 'multiply-adds', 'images/s', 'hardware']
+    )
+    for r in sorted(load_results(), key=lambda r: (r['tag'], r['model'], -r['test']['top1'])):
+        images_per_s = f'{speed[r["model"]]:.0f}' if r['model'] in speed else ''
+        run = [r['model'], r['tag'], recipe_name(r), r['epochs'], r['seed'], r['test']['top1']]
+        writer.writerow([*run, r['parameters'], r['multiply_adds'], images_per_s, r['hardware']])
+    return out.getvalue()
+
+
+def write_tables() -> list[Path]:
+    """Bring `READMES` and `RESULTS_CSV` up to date."""
+    tables = readme_tables()
+    for path in READMES:
+        write_text(path, with_tables(path.read_text(encoding='utf-8'), tables))
+    write_text(RESULTS_CSV, results_csv())
+    return [*READMES, RESULTS_CSV]
+
+
+if __name__ == '__main__':
+    print('wrote', *write_tables(), sep='\n')

@@ -1,0 +1,209 @@
+"""How we stand beside the papers: every row of their tables with what our runs measured."""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import timm
+import yaml
+
+from ..bench.backbones import plain_args
+from ..papers import model_args, table_rows
+from ..training import recipes
+from .counts import look_up_count
+
+_PAPERS = dict(spem='SPEM', saam='SAAM', fa='FA')
+_DATASETS = dict(cifar10='CIFAR-10', cifar100='CIFAR-100', tiny_imagenet='Tiny ImageNet', imagenet5='ImageNet-5')
+#: Training images; those of ImageNet-5 are the FA paper's, Sec. V.
+_TRAIN_IMAGES = dict(cifar10=50_000, cifar100=50_000, tiny_imagenet=100_000, imagenet5=5 * 1040)
+
+
+@cache
+def _architecture(args: str) -> str:
+    """What tells architectures apart: defaults that one place spells out and another does not are the same."""
+    return repr(timm.create_model(**json.loads(args), device='meta'))
+
+
+def _run_args(result: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of timm.create_model for the model of a run."""
+    return dict(model_name=f'{result["model"]}.{result["tag"]}', **result['arguments'].get('model_kwargs', {}))
+
+
+def results_of(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of `results` whose model is the one that timm.create_model(**args) builds, whatever trained it."""
+    same = [r for r in results if f'{r["model"]}.{r["tag"]}' == args['model_name']]
+    if not same:
+        return []
+    wanted = _architecture(json.dumps(args))
+    return [r for r in same if _architecture(json.dumps(_run_args(r))) == wanted]
+
+
+def recipe_name(result: dict[str, Any]) -> str:
+    """The recipe of a run, and what its weights started from: 'cpu-short, from resnet20_saam.cifar10'."""
+    source = result.get('warm_start', '').split()[:1]
+    return ', from '.join([result.get('recipe') or 'own recipe', *source])
+
+
+def _training(result: dict[str, Any]) -> str:
+    """What runs share that differ in nothing but their model and seed."""
+    own = ('seed', 'model', 'model_kwargs', 'initial_checkpoint')
+    arguments = {k: v for k, v in result['arguments'].items() if k not in own}
+    which = result.get('checkpoint', {}).get('which')
+    started = bool(result.get('warm_start'))
+    return json.dumps([result.get('recipe'), started, arguments, result['options'], which], sort_keys=True)
+
+
+def _top1(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, spread and number of seeds of runs that differ in their seed alone."""
+    top1 = [r['test']['top1'] for r in runs]
+    spread = round(statistics.stdev(top1), 2) if len(top1) > 1 else None
+    return dict(top1=round(statistics.mean(top1), 2), spread=spread, seeds=len({r['seed'] for r in runs}))
+
+
+def measured_runs(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was measured of a model: runs that differ in nothing but their seed as one entry, longest training first.
+
+    Args:
+        args: of timm.create_model.
+        results: of all runs.
+
+    Returns:
+        For each `top1`, `spread` (standard deviation over the seeds; None for one), `seeds`, `epochs`, `recipe`,
+        `selected` (the best epoch's weights), `hardware`, `minutes`, `model`, and `gain`: how far it is above the
+        backbone without its gates, trained alike; `difference`, `error` (its standard error; None for one seed), and
+        `plain_seeds`. None where that was not run.
+    """
+    groups = defaultdict(list)
+    for r in results_of(args, results):
+        groups[_training(r), r.get('warm_start')].append(r)
+    plain = defaultdict(list)
+    if groups and (backbone := _plain_of(args)):
+        for r in results_of(backbone, results):
+            plain[_training(r)].append(r)
+    measured = []
+    for (training, _), runs in groups.items():
+        first = runs[0]
+        entry = dict(
+            **_top1(runs),
+            epochs=first['epochs'],
+            recipe=recipe_name(first),
+            selected=first.get('checkpoint', {}).get('which') == 'best',
+            hardware=first['hardware'],
+            minutes=round(statistics.mean(r['wall_time_s'] for r in runs) / 60),
+            model=f'{first["model"]}.{first["tag"]}',
+            gain=None,
+        )
+        if plain[training]:
+            other = _top1(plain[training])
+            error = None
+            if entry['spread'] is not None and other['spread'] is not None:
+                error = round(math.hypot(*(of['spread'] / math.sqrt(of['seeds']) for of in (entry, other))), 2)
+            difference = round(entry['top1'] - other['top1'], 2)
+            entry['gain'] = dict(difference=difference, error=error, plain_seeds=other['seeds'])
+        measured.append(entry)
+    return sorted(measured, key=lambda m: (-m['epochs'], -m['seeds']))
+
+
+def _plain_of(args: dict[str, Any]) -> dict[str, Any] | None:
+    """Arguments of the backbone of `args` without its gates; None for one that has none."""
+    plain = plain_args(args['model_name'])
+    if plain['model_name'] == args['model_name']:
+        return None
+    return {**plain, **({'flavour': args['flavour']} if 'flavour' in args else {})}
+
+
+def paper_accuracy(row: dict[str, Any]) -> float | None:
+    """Top-1 accuracy in % that a row of `table_rows()` prints, as such or as an error; None where it has none."""
+    return row['top1'] if 'top1' in row else round(100 - row['top1_err'], 4) if 'top1_err' in row else None
+
+
+def _paper_parameters(row: dict[str, Any]) -> str:
+    """Millions, as printed."""
+    if 'params_k_with_bn_stats' in row:
+        return f'{row["params_k_with_bn_stats"] / 1000:g} with BN statistics'
+    return f'{row["params_m"]:g}' if 'params_m' in row else ''
+
+
+def training_rate(results: Sequence[dict[str, Any]]) -> tuple[float, str]:
+    """Multiply-adds of the forward pass that training gets through in a second, evaluation included.
+
+    Returns:
+        The median over the runs on the hardware with the most of them, and that hardware; (0, '') without runs.
+    """
+    rates = defaultdict(list)
+    for r in results:
+        if r['tag'] in _TRAIN_IMAGES and r['wall_time_s']:
+            images = _TRAIN_IMAGES[r['tag']] * r['epochs']
+            rates[r['hardware']].append(r['multiply_adds'] * images / r['wall_time_s'])
+    hardware = max(rates, key=lambda name: len(rates[name]), default='')
+    return (statistics.median(rates[hardware]) if rates else 0.0), hardware
+
+
+def _recipe(row: dict[str, Any]) -> str:
+    """The paper's own for the data set."""
+    return f'{row["paper"]}-{row["dataset"].replace("_", "-")}'
+
+
+@cache
+def _epochs(recipe: str) -> int:
+    return yaml.safe_load(recipes()[recipe].read_text())['epochs']
+
+
+def _command(args: dict[str, Any], row: dict[str, Any]) -> str:
+    parts = [f'poolattn train --recipe {_recipe(row)} --model {args["model_name"]}']
+    if 'num_classes' in args:
+        parts.append(f'--num-classes {args["num_classes"]}')
+    kwargs = {k: args[k] for k in ('flavour', 'gate_kwargs') if k in args}
+    if kwargs:
+        values = (f"'{v}'" if isinstance(v, str) else str(v) for v in kwargs.values())
+        parts.append('--model-kwargs ' + ' '.join(f'"{k}={v}"' for k, v in zip(kwargs, values, strict=True)))
+    return ' '.join([*parts, '--data-dir DATA'])
+
+
+def report_rows(
+    results: Sequence[dict[str, Any]], images_per_s: dict[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Every row of the papers' tables with ours beside it.
+
+    Args:
+        results: of all runs, as `load_results` reads them.
+        images_per_s: at inference, by model.
+
+    Returns:
+        For each row `paper`, `table_name`, `dataset`, `model`, `gate`, `variant`, `paper_parameters`, `paper_top1`,
+        `parameters`, `multiply_adds` (of one image), `measured` (see `measured_runs`; each with its `difference` to the
+        paper), `command` and `estimated_hours` of the paper's own training, and `images_per_s` where benchmarked.
+    """
+    rate, _ = training_rate(results)
+    rows = []
+    for row in table_rows():
+        args = model_args(row)
+        counts = look_up_count(**args)
+        paper = paper_accuracy(row)
+        measured = measured_runs(args, results)
+        for run in measured:
+            run['difference'] = None if paper is None else round(run['top1'] - paper, 2)
+        images = _TRAIN_IMAGES[row['dataset']] * _epochs(_recipe(row))
+        rows.append(
+            dict(
+                paper=_PAPERS[row['paper']],
+                table_name=row['table'] if row['table'].startswith('Fig') else f'Table {row["table"]}',
+                dataset=_DATASETS[row['dataset']],
+                model=args['model_name'].split('.')[0],
+                gate=counts['gate'] or 'none',
+                variant=row.get('variant', ''),
+                paper_parameters=_paper_parameters(row),
+                paper_top1=paper,
+                parameters=counts['parameters'],
+                multiply_adds=counts['multiply_adds'],
+                measured=measured,
+                command=_command(args, row),
+                estimated_hours=counts['multiply_adds'] * images / rate / 3600 if rate else None,
+                images_per_s=(images_per_s or {}).get(args['model_name'].split('.')[0]),
+            )
+        )
+    return rows
