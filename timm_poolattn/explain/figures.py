@@ -1,7 +1,7 @@
 """Figures of what a network looked at. matplotlib and captum come with the `explain` extra."""
 
-import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 from tqdm import tqdm
 
 from ..inference import class_names, load_pretrained, read_image
+from ..utils import MissingFileError, UserError, replacing
 from .attention import attention_trace, block_label, evaluating, find_gates
 
 Trace = dict[str, dict[str, Any]]
 
+#: What a figure of `explain` says of itself in its PNG, so that running it again may replace it.
+_SOFTWARE = 'timm_poolattn explain'
 #: Classes with a Grad-CAM, and of a channel gate, how many of the most raised and most lowered channels are drawn.
 _CLASSES = _CHANNELS = 3
-_WIDTH = 7.5  # of a model's column, in inches
+#: In inches: a single model's figure is so wide; of a comparison, the width, its head and each model's row.
+_WIDTH, _WIDE, _HEAD, _ROW = 7.5, 14.0, 1.75, 2.3
 _MAPS_IN_ROW = 9
 _RAISED, _LOWERED, _STAGE, _INK = '#c2410c', '#1d4ed8', '#94a3b8', '#334155'
 
@@ -41,12 +45,22 @@ def grad_cam(model: nn.Module, x: torch.Tensor, classes: Sequence[int]) -> np.nd
         (len(classes), H, W), each class's map with maximum 1; all 0 where nothing speaks for the class.
     """
     x = x.detach().requires_grad_()
+    cams = None
     with evaluating(model), torch.enable_grad():
-        for info in reversed(list(model.feature_info)):  # VGG-19's last map of a 32x32 image is a single position
+        for info in reversed(list(getattr(model, 'feature_info', []))):
             layer = LayerGradCam(model, model.get_submodule(info['module']))
-            cams = torch.cat([layer.attribute(x, target=c, relu_attributions=True).detach() for c in classes])
-            if min(cams.shape[2:]) >= 3:
+            found = torch.cat([layer.attribute(x, target=c, relu_attributions=True).detach() for c in classes])
+            sides = zip(found.shape[2:], x.shape[2:], strict=False)
+            # tokens, or maps with their channels last, have other sides
+            if found.ndim != 4 or any(
+                abs(side * info['reduction'] - whole) > info['reduction'] for side, whole in sides
+            ):
                 break
+            cams = found
+            if min(cams.shape[2:]) >= 3:  # VGG-19's last map of a 32x32 image is a single position
+                break
+    if cams is None:
+        raise UserError(f'{type(model).__name__} has no map of channels for Grad-CAM; convolutional networks have')
     cams = LayerAttribution.interpolate(cams, tuple(x.shape[2:]), 'bilinear')[:, 0]
     return (cams / cams.amax((1, 2), keepdim=True).clamp(min=1e-12)).cpu().numpy()
 
@@ -57,65 +71,225 @@ def explain(paths: Iterable[str | Path], name: str, out: str | Path, compare: Se
     Args:
         paths: image files, resized as each model's config says.
         name: a model with gates, as `load_pretrained` takes it.
-        out: the folder to write `<image's name>.png` into.
-        compare: more models, side by side with it; these may be without gates.
+        out: the folder to write `<image's name>.explain.png` into.
+        compare: more models, a row each below it; these may be without gates.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_pretrained` and `read_image`; a model without gates.
+        MissingFileError: a missing image, before anything is drawn.
+        UserError: as `load_pretrained`; a model without gates; a figure would replace an image, or a file that
+            `explain` did not write. After the others are drawn: an image that cannot be read.
     """
-    paths, out = [Path(path) for path in paths], Path(out)
+    paths = list(dict.fromkeys(Path(path) for path in paths))
+    for path in paths:
+        if not path.exists():
+            raise MissingFileError(f'{path}: no such file')
+    targets = _targets(paths, Path(out))
     models = {n: load_pretrained(n) for n in (name, *compare)}
     if not find_gates(models[name]):
-        raise ValueError(f'{name} has no gates to explain; --compare takes it beside a model that has')
-    images = [read_image(path) for path in paths]  # all, or nothing is drawn
-    written = []
-    for path, image in zip(tqdm(paths, desc='explaining', unit='image', delay=1, leave=False), images, strict=True):
-        same_stem = sum(p.stem == path.stem for p in paths) > 1
-        target = out / f'{path.parent.name}-{path.name}.png' if same_stem else out / f'{path.stem}.png'
-        written.append(save(explain_figure(models, image, path.name), target))
+        raise UserError(f'{name} has no gates to explain; --compare takes it beside a model that has')
+    written, unread = [], []
+    bar = tqdm(targets.items(), desc='explaining', unit='image', delay=1, leave=False, disable=None)
+    for path, target in bar:
+        try:
+            image = read_image(path)
+        except ValueError as e:
+            unread.append(str(e))
+            continue
+        title = path.name if sum(p.name == path.name for p in paths) == 1 else f'{path.parent.name}/{path.name}'
+        figure = explain_figure(models, image, title)
+        written.append(save(figure, target, metadata=dict(Software=_SOFTWARE)))
+    if unread:
+        raise UserError('; '.join([*unread, f'{len(written)} of {len(paths)} images are drawn in {out}']))
     return written
 
 
-def save(figure: Figure, path: str | Path) -> Path:
+def _targets(paths: Sequence[Path], out: Path) -> dict[Path, Path]:
+    """The figure's path for each image, no two the same. No image and no file of another's making is among them."""
+    targets: dict[Path, Path] = {}
+    for path in paths:
+        stem, count = path.stem, 1
+        while (target := out / f'{stem}.explain.png') in targets.values():
+            stem, count = f'{path.stem}-{count + 1}', count + 1
+        if target.exists():
+            if any(target.samefile(p) for p in paths):
+                raise UserError(f'{target}: the figure of {path} would replace this image; name another folder by -o')
+            if not _is_ours(target):
+                raise UserError(f'{target}: is there, and no figure of explain; move it, or name another folder by -o')
+        targets[path] = target
+    return targets
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return image.info.get('Software') == _SOFTWARE
+    except (UnidentifiedImageError, OSError):
+        return False
+
+
+def save(figure: Figure, path: str | Path, **kwargs) -> Path:
     """Write a figure as PNG, SVG or PDF by its suffix, whole or not at all.
 
+    Args:
+        figure: matplotlib's.
+        path: the file.
+        **kwargs: of Figure.savefig.
+
     Raises:
-        ValueError: another suffix.
+        UserError: another suffix, or a `path` that cannot be written.
     """
     path = Path(path)
-    if path.suffix not in ('.png', '.svg', '.pdf'):
-        raise ValueError(f'{path}: a figure is .png, .svg or .pdf')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f'.{path.stem}.tmp{path.suffix}')
-    figure.savefig(temp, dpi=130, facecolor='white')
-    os.replace(temp, path)
+    if path.suffix.lower() not in ('.png', '.svg', '.pdf'):
+        raise UserError(f'{path}: a figure is .png, .svg or .pdf')
+    with replacing(path) as temp:
+        figure.savefig(temp, dpi=130, facecolor='white', format=path.suffix[1:].lower(), **kwargs)
     return path
 
 
+def plain_text(text: str, length: int = 60) -> str:
+    """`text` for matplotlib to print as it is, on one line: no formula, and cut in the middle beyond `length`."""
+    text = ' '.join(text.split())
+    if len(text) > length:
+        text = f'{text[: (length - 1) // 2]}…{text[-(length // 2) :]}'
+    return text.replace('$', r'\$')
+
+
+@dataclass
+class _Account:
+    """What a model makes of an image.
+
+    Attributes:
+        name: to print.
+        pixels: (H, W, 3) in [0, 1], what goes into it; `grey` is (H, W).
+        predictions: the most probable classes and their probabilities.
+        labels: of the classes that `cams` are of; `whose` most probable ones they are.
+        cams: as `grad_cam` returns them.
+        trace: as `attention_trace` returns it; empty without gates.
+    """
+
+    name: str
+    pixels: np.ndarray
+    predictions: list[tuple[str, float]]
+    labels: list[str]
+    whose: str
+    cams: np.ndarray
+    trace: Trace
+
+    @property
+    def grey(self) -> np.ndarray:
+        return self.pixels.mean(2)
+
+    def with_key(self, key: str) -> Trace:
+        return {n: t for n, t in self.trace.items() if key in t}
+
+
+def _accounts(models: dict[str, nn.Module], image: Image.Image) -> list[_Account]:
+    accounts = []
+    first, shared = next(iter(models.items())), None
+    for name, model in models.items():
+        x, pixels = _input(model, image)
+        with torch.no_grad(), evaluating(model):
+            probabilities = model(x).float().softmax(1)[0]
+        if not probabilities.isfinite().all():
+            raise UserError(f'{name}: its outputs are not finite; its weights are damaged, or its training diverged')
+        top = probabilities.topk(min(_CLASSES, len(probabilities)))
+        names, own = class_names(model), top.indices.tolist()
+        shared = own if shared is None else shared
+        same = names == class_names(first[1])  # Grad-CAMs to compare are of the same classes
+        classes = shared if same else own
+        accounts.append(
+            _Account(
+                name=name,
+                pixels=pixels,
+                predictions=[(names[i], p) for i, p in zip(own, top.values.tolist(), strict=True)],
+                labels=[names[i] for i in classes],
+                whose=first[0] if same else name,
+                cams=grad_cam(model, x, classes),
+                trace=attention_trace(model, x) if find_gates(model) else {},
+            )
+        )
+    return accounts
+
+
 def explain_figure(models: dict[str, nn.Module], image: Image.Image, title: str = '') -> Figure:
-    """The figure of `explain` for one image. Each model gets a column.
+    """The figure of `explain` for one image: all that one model did, or of several a row each.
 
     Args:
         models: by the name to print.
         image: of any size.
-        title: Default: none.
+        title: none by default.
+
+    Raises:
+        UserError: a model without a map for Grad-CAM, of other than 1 or 3 channels, or with outputs not finite.
     """
-    first = next(iter(models.values()))
-    classes = _top_classes(first, image)
-    columns = []
-    for name, model in models.items():
-        same = class_names(model) == class_names(first)  # Grad-CAMs to compare are of the same classes
-        columns.append(_column(name, model, image, classes if same else _top_classes(model, image)))
-    height = max(sum(h for h, _ in column) for column in columns)
+    accounts = _accounts(models, image)
+    return _single(accounts[0], image, title) if len(accounts) == 1 else _comparison(accounts, image, title)
+
+
+def _single(account: _Account, image: Image.Image, title: str) -> Figure:
+    rows = _rows(account, image)
+    height = sum(h for h, _ in rows)
     # rows have heights in inches and margins of their own: matplotlib's layout engines take seconds for so many axes
-    figure = Figure(figsize=(_WIDTH * len(columns), height + 0.3))
-    head, body = figure.subfigures(2, 1, height_ratios=(0.3, height))
-    head.text(0.5, 0.3, title, ha='center', fontsize=10, color=_INK)
-    for part, column in zip(np.atleast_1d(body.subfigures(1, len(columns))), columns, strict=True):
-        heights = [*(h for h, _ in column), height - sum(h for h, _ in column) or 1e-6]
-        for row, (_, draw) in zip(part.subfigures(len(heights), 1, height_ratios=heights)[:-1], column, strict=True):
-            draw(row)
+    figure = Figure(figsize=(_WIDTH, height + 0.3))
+    head, *parts = figure.subfigures(1 + len(rows), 1, height_ratios=(0.3, *(h for h, _ in rows)))
+    head.text(0.5, 0.3, plain_text(title), ha='center', fontsize=10, color=_INK)
+    for part, (_, draw) in zip(parts, rows, strict=True):
+        draw(part)
     return figure
+
+
+def _comparison(accounts: list[_Account], image: Image.Image, title: str) -> Figure:
+    figure = Figure(figsize=(_WIDE, _HEAD + _ROW * len(accounts)))
+    head, *rows = figure.subfigures(1 + len(accounts), 1, height_ratios=(_HEAD, *[_ROW] * len(accounts)))
+    left, right = head.subfigures(1, 2, width_ratios=(1, 4))
+    _show(_axes(left, left=0.2, top=0.15, bottom=0.15)[0, 0], _thumbnail(image))
+    right.text(0, 0.8, plain_text(title, 100), fontsize=13, fontweight='bold')
+    lines = [
+        f'image, {image.width}x{image.height}',
+        'Grad-CAM: where the last feature map speaks for a class (bright: most).',
+        f'Its classes are those that {plain_text(accounts[0].name)} finds most probable; of a model trained on other'
+        ' classes, its own.',
+    ]
+    right.text(0, 0.65, '\n'.join(lines), fontsize=10, va='top', color=_INK, linespacing=1.5)
+    for row, account in zip(rows, accounts, strict=True):
+        row.add_artist(Line2D([0.01, 0.99], [0.99, 0.99], color=_STAGE, lw=0.8, transform=row.transSubfigure))
+        _comparison_row(row, account)
+    return figure
+
+
+def _comparison_row(row: SubFigure, account: _Account) -> None:
+    row.text(0.014, 0.94, plain_text(account.name), fontsize=12, fontweight='bold', va='top')
+    seen, bars, cams, gates = row.subfigures(1, 4, width_ratios=(1.55, 1.85, 4.6, 6))
+    margins = dict(top=0.6, bottom=0.3)
+    ax = _axes(seen, left=0.2, **margins)[0, 0]
+    _show(ax, account.pixels)
+    ax.set_xlabel('as it sees it, {1}x{0}'.format(*account.pixels.shape), fontsize=8)
+    _bars(_axes(bars, left=0.1, **margins)[0, 0], account.predictions, 20)
+    _cams(cams, account, f'Grad-CAM, classes most probable to {plain_text(account.whose, 24)}', 20, y=0.93)
+    _main_gate(gates, account)
+
+
+def _main_gate(figure: SubFigure, account: _Account) -> None:
+    """What tells most of a model's gates, in one row."""
+    maps = next(filter(None, ((key, account.with_key(key)) for key in _MAPS if account.with_key(key))), None)
+    if fa := account.with_key('k'):
+        _fa_bars(figure, fa)
+    elif spem := account.with_key('pool_lambda'):
+        lambda_axes(_axes(figure, left=1.05)[0, 0], *_lambdas(spem))
+    elif maps:
+        key, trace = maps
+        chosen = np.unique(np.linspace(0, len(trace) - 1, _MAPS_IN_ROW - 1).round().astype(int))
+        items = [list(trace.items())[i] for i in chosen]
+        caption, row_name = _MAPS[key]
+        parts = max(t[key].shape[1] for _, t in items)
+        mean = f', mean of {parts} {row_name}s' if parts > 1 else ''
+        _caption(figure, f'{caption}{mean} (number: its peak over its mean)', y=0.93)
+        for ax, (name, t) in zip(_axes(figure, 1, len(items), left=0.2, top=0.4)[0], items, strict=True):
+            _map(ax, account.grey, t[key][0].mean(0), block_label(name))
+    elif account.trace:
+        _weights(figure, account.trace)
+    else:
+        _caption(figure, 'no gates', y=0.93)
 
 
 def _axes(
@@ -137,66 +311,55 @@ def _axes(
     return row.subplots(rows, columns, squeeze=False, gridspec_kw=grid, **kwargs)
 
 
-def _input(model: nn.Module, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-    """What goes into the model, (1, C, H, W), and its pixels in [0, 1], (H, W, C)."""
+def _input(model: nn.Module, image: Image.Image) -> tuple[torch.Tensor, np.ndarray]:
+    """What goes into the model, (1, C, H, W), and its pixels in [0, 1], (H, W, 3)."""
     config = resolve_data_config(model=model)
-    x = create_transform(**config)(image.convert('L' if config['input_size'][0] == 1 else 'RGB'))
+    channels = config['input_size'][0]
+    if channels not in (1, 3):
+        raise UserError(f'{type(model).__name__} takes {channels} channels; explain draws models of 1 or 3')
+    x = create_transform(**config)(image.convert('L' if channels == 1 else 'RGB'))
     std, mean = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('std', 'mean'))
-    return x.unsqueeze(0), (x * std + mean).clamp(0, 1).permute(1, 2, 0)
+    return x.unsqueeze(0), (x * std + mean).clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3).numpy()
 
 
-def _probabilities(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad(), evaluating(model):
-        return model(x).float().softmax(1)[0]
+def _thumbnail(image: Image.Image) -> np.ndarray:
+    small = image.convert('RGB')
+    small.thumbnail((600, 600))
+    return np.asarray(small)
 
 
-def _top_classes(model: nn.Module, image: Image.Image) -> list[int]:
-    probabilities = _probabilities(model, _input(model, image)[0])
-    return probabilities.topk(min(_CLASSES, len(probabilities))).indices.tolist()
+#: Of the maps that a gate makes: what a row of them says, and the name of its parts.
+_MAPS = dict(
+    score_map=('SAAM: score map V of each block', 'path'), spatial=('Weight of each position, by block', 'group')
+)
 
 
-def _column(
-    name: str, model: nn.Module, image: Image.Image, classes: list[int]
-) -> list[tuple[float, Callable[[SubFigure], None]]]:
-    """The rows of a model's column: height in inches and what draws them."""
-    x, pixels = _input(model, image)
-    grey, colour = pixels.mean(2).numpy(), pixels.numpy()
-    top = _probabilities(model, x).topk(_CLASSES if model.num_classes > _CLASSES else model.num_classes)
-    names = class_names(model)
-    predicted = [names[i] for i in top.indices]
-    labels = [names[i] for i in classes]
-    cams = grad_cam(model, x, classes)
-
-    rows = [
-        (2.3, lambda f: _predictions(f, name, image, colour, predicted, top.values.tolist())),
-        (2.6, lambda f: _cams(f, grey, cams, labels)),
+def _rows(account: _Account, image: Image.Image) -> list[tuple[float, Callable[[SubFigure], None]]]:
+    """The rows of a single model's figure: height in inches and what draws them."""
+    whose = 'Grad-CAM: where the last feature map speaks for its most probable classes (bright: most)'
+    rows: list[tuple[float, Callable[[SubFigure], None]]] = [
+        (2.3, lambda f: _predictions(f, account, image)),
+        (2.6, lambda f: _cams(f, account, whose, 30)),
     ]
-    trace = attention_trace(model, x) if find_gates(model) else {}
-    fa = {n: t for n, t in trace.items() if 'k' in t}
-    spem = {n: t for n, t in trace.items() if 'pool_lambda' in t}
-    weights = {n: t for n, t in trace.items() if 'weight' in t}
-    if fa:
+    if fa := account.with_key('k'):
         rows.append((2.2, lambda f: _fa_bars(f, fa)))
-    if spem:
+    if spem := account.with_key('pool_lambda'):
         rows.append((1.9, lambda f: lambda_axes(_axes(f, left=1.05)[0, 0], *_lambdas(spem))))
-    for key, caption, row_name in (
-        ('score_map', 'SAAM: score map V of each block', 'path'),
-        ('spatial', 'Weight of each position, by block', 'group'),
-    ):
-        maps = [(n, t[key][0]) for n, t in trace.items() if key in t]
+    for key, (caption, row_name) in _MAPS.items():
+        maps = [(n, t[key][0]) for n, t in account.with_key(key).items()]
         if maps:
-            rows.append(_map_rows(maps, grey, caption, row_name))
-    if weights:
+            rows.append(_map_rows(maps, account.grey, caption, row_name))
+    if weights := account.with_key('weight'):
         rows.append((1.9, lambda f: _weights(f, weights)))
-        rows.append((2.6, lambda f: _channels(f, weights, grey)))
+        rows.append((2.6, lambda f: _channels(f, weights, account.grey)))
     return rows
 
 
-def _caption(ax_or_figure: Axes | SubFigure, text: str) -> None:
+def _caption(ax_or_figure: Axes | SubFigure, text: str, y: float = 0.98) -> None:
     if isinstance(ax_or_figure, Axes):
         ax_or_figure.set_title(text, fontsize=9, loc='left', color=_INK)
     else:
-        ax_or_figure.text(0.02, 0.98, text, fontsize=9, va='top', color=_INK)
+        ax_or_figure.text(0.02, y, text, fontsize=9, va='top', color=_INK)
 
 
 def _show(ax: Axes, pixels: np.ndarray, **kwargs) -> None:
@@ -212,31 +375,37 @@ def _overlay(ax: Axes, grey: np.ndarray, heat: np.ndarray, **kwargs) -> None:
     ax.imshow(heat, cmap='inferno', alpha=0.65, extent=(0, w, h, 0), **kwargs)
 
 
-def _predictions(
-    figure: SubFigure, name: str, image: Image.Image, colour: np.ndarray, labels: list[str], values: list[float]
-) -> None:
-    figure.text(0.5, 0.99, name, fontsize=13, fontweight='bold', ha='center', va='top')
+def _predictions(figure: SubFigure, account: _Account, image: Image.Image) -> None:
+    figure.text(0.5, 0.99, plain_text(account.name), fontsize=13, fontweight='bold', ha='center', va='top')
     ratios = dict(width_ratios=(1, 1, 1.3))
-    (original, seen, bars) = _axes(figure, 1, 3, left=0.15, top=0.55, bottom=0.05, wspace=0.25, **ratios)[0]
-    _show(original, np.asarray(image.convert('RGB')))
+    (original, seen, bars) = _axes(figure, 1, 3, left=0.15, top=0.55, bottom=0.05, wspace=0.1, **ratios)[0]
+    _show(original, _thumbnail(image))
     _caption(original, f'image, {image.width}x{image.height}')
-    _show(seen, colour)
-    _caption(seen, f'as the model sees it, {colour.shape[1]}x{colour.shape[0]}')
-    bars.barh(labels[::-1], values[::-1], color=_STAGE, height=0.55)
-    for i, value in enumerate(values[::-1]):
-        bars.text(0.02, i, f'{value:.1%}', va='center', fontsize=9)
-    bars.set_xlim(0, 1)
-    bars.set_xticks([])
-    bars.tick_params(axis='y', labelsize=9, length=0)
-    bars.spines[:].set_visible(False)
+    _show(seen, account.pixels)
+    _caption(seen, 'as the model sees it, {1}x{0}'.format(*account.pixels.shape))
+    _bars(bars, account.predictions, 30)
     _caption(bars, 'prediction')
 
 
-def _cams(figure: SubFigure, grey: np.ndarray, cams: np.ndarray, labels: list[str]) -> None:
-    _caption(figure, 'Grad-CAM: where the last feature map speaks for a class (bright: most)')
-    for ax, cam, label in zip(_axes(figure, 1, len(cams), left=0.15, bottom=0.3)[0], cams, labels, strict=True):
-        _overlay(ax, grey, cam, vmin=0, vmax=1, interpolation='bilinear')
-        ax.set_xlabel(label if cam.any() else f'{label}: nothing speaks for it', fontsize=9)
+def _bars(ax: Axes, predictions: Sequence[tuple[str, float]], length: int) -> None:
+    """Probabilities as bars; the names stand above them, where long ones have room."""
+    for y, (label, value) in enumerate(predictions):
+        ax.barh(y, value, height=0.28, color=_STAGE)
+        ax.text(0, y - 0.2, plain_text(label, length), fontsize=9)
+        ax.text(1, y - 0.2, f'{value:.1%}', fontsize=9, ha='right')
+    ax.set_xlim(0, 1)
+    ax.set_ylim(_CLASSES - 0.7, -0.6)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+
+
+def _cams(figure: SubFigure, account: _Account, caption: str, length: int, y: float = 0.98) -> None:
+    _caption(figure, caption, y)
+    axes = _axes(figure, 1, len(account.cams), left=0.15, bottom=0.42)[0]
+    for ax, cam, label in zip(axes, account.cams, account.labels, strict=True):
+        _overlay(ax, account.grey, cam, vmin=0, vmax=1, interpolation='bilinear')
+        ax.set_xlabel(plain_text(label, length) + ('' if cam.any() else '\nnothing speaks for it'), fontsize=9)
 
 
 def _lambdas(trace: Trace) -> tuple[list[str], list[float]]:
@@ -314,14 +483,17 @@ def _map_rows(
             for path in range(paths):
                 for ax, (name, value) in zip(axes[i * paths + path], line, strict=False):
                     ax.set_axis_on()
-                    v = value[path]
-                    _overlay(ax, grey, v, interpolation='nearest')
-                    ax.set_title(block_label(name) if path == 0 else '', fontsize=8, pad=2)
-                    ax.set_xlabel(f'{np.nanmax(v) / np.nanmean(v):.1f}', fontsize=7, labelpad=1)
+                    _map(ax, grey, value[path], block_label(name) if path == 0 else '')
                 if paths > 1:
                     axes[i * paths + path, 0].set_ylabel(f'{row_name} {path}', fontsize=7)
 
     return 0.35 + 1.08 * paths * len(lines), draw
+
+
+def _map(ax: Axes, grey: np.ndarray, value: np.ndarray, title: str) -> None:
+    _overlay(ax, grey, value, interpolation='nearest')
+    ax.set_title(title, fontsize=8, pad=2)
+    ax.set_xlabel(f'{np.nanmax(value) / np.nanmean(value):.1f}', fontsize=7, labelpad=1)
 
 
 def _weights(figure: SubFigure, trace: Trace) -> None:
