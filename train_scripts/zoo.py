@@ -45,7 +45,7 @@ import timm_poolattn  # noqa: F401  registers the models
 from timm_poolattn.data import load_images
 from timm_poolattn.models import hub_configs_dir
 from timm_poolattn.report.results import RESULTS_DIR, load_results
-from timm_poolattn.training import newest_checkpoint, read_summary, recipes
+from timm_poolattn.training import newest_checkpoint, read_curve, recipes
 
 HERE = Path(__file__).parent
 
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def epochs_done(self) -> int:
-        return len(read_summary(self.folder)) if newest_checkpoint(self.folder) else 0
+        return len(read_curve(self.folder)) if newest_checkpoint(self.folder) else 0
 
     def is_done(self) -> bool:
         """Whether a results file, of a release or not, is this run's."""

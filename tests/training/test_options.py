@@ -9,7 +9,7 @@ import torch
 import yaml
 from timm.utils import NativeScaler
 
-from timm_poolattn.training import PenaltyTask, read_summary, train
+from timm_poolattn.training import PenaltyTask, read_curve, train
 from timm_poolattn.training.runner import recipes
 
 HELD = '40 images of 32x32 held on cpu'
@@ -55,7 +55,7 @@ def run(train_script, cifar10_few, tmp_path, caplog):
 def test_options(run, caplog, options):
     folder = run(*options.split())
     assert HELD in caplog.text and "timm's own loader" not in caplog.text
-    *_, last = read_summary(folder)
+    *_, last = read_curve(folder)
     assert all(torch.isfinite(torch.tensor(v)) for v in last.values()) and last['train_penalty'] < 9 * 0.5
     state = checkpoint(folder)
     assert ('state_dict_ema' in state) == ('--model-ema' in options)
@@ -121,12 +121,12 @@ def test_initial_checkpoint(run, tmp_path):
 def test_val_interval(run):
     """Epochs that are not evaluated are not in the summary, nor counted as its rows are."""
     folder = run('--epochs', 3, '--val-interval', 2)
-    assert [row['epoch'] for row in read_summary(folder)] == [1, 2]
+    assert [row['epoch'] for row in read_curve(folder)] == [1, 2]
     assert json.loads((folder / 'run.json').read_text())['arguments']['epochs'] == 3
 
 
 def test_no_validation(run):
-    (row,) = read_summary(run('--val-split', ''))
+    (row,) = read_curve(run('--val-split', ''))
     assert row.keys() == {'epoch', 'train_loss', 'train_penalty', 'train_mean_lambda', 'lr'}
 
 
@@ -145,7 +145,7 @@ def test_falls_back_to_timms_loader(run, caplog, train_script, options, needs):
         pytest.skip(f'this train.py has no {options[0]}')
     folder = run(*options, '--workers', 0, '--val-split', 'test')
     assert f"training with timm's own loader, which {needs} needs" in caplog.text and HELD not in caplog.text
-    assert len(read_summary(folder)) == 1
+    assert len(read_curve(folder)) == 1
 
 
 def test_naflex_falls_back(run, caplog):

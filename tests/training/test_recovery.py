@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_poolattn.training import RunStopped, read_summary, train
+from timm_poolattn.training import RunStopped, read_curve, train
 from timm_poolattn.training.recovery import newest_checkpoint
 
 from .test_options import checkpoint, run_train
@@ -73,7 +73,7 @@ def test_killed_runs_resume_to_the_same_weights(train_script, cifar10_few, tmp_p
         assert all(weight.equal(other[key][name]) for name, weight in one[key].items()), f'killed at {updates}'
     for index, state in one['optimizer']['state'].items():
         assert state['momentum_buffer'].equal(other['optimizer']['state'][index]['momentum_buffer'])
-    assert [row['epoch'] for row in read_summary(killed / 'run')] == [0, 1, 2, 3]
+    assert [row['epoch'] for row in read_curve(killed / 'run')] == [0, 1, 2, 3]
 
 
 def test_repeats_on_any_worker_count(train_script, cifar10_few, tmp_path, one_thread):
@@ -174,10 +174,10 @@ class TestInterrupt:
         shutil.copytree(tmp_path / 'run', tmp_path / 'other' / 'run')
         # both ways go on to the end
         run_train(train_script, cifar10_few, tmp_path, *self.OPTIONS, '--resume', whole)
-        assert [row['epoch'] for row in read_summary(tmp_path / 'run')] == [0, 1, 2]
+        assert [row['epoch'] for row in read_curve(tmp_path / 'run')] == [0, 1, 2]
         recovered = tmp_path / 'other' / 'run' / Path(found[2]).name
         run_train(train_script, cifar10_few, tmp_path / 'other', *self.OPTIONS, '--resume', recovered)
-        assert [row['epoch'] for row in read_summary(tmp_path / 'other' / 'run')] == [0, 2]
+        assert [row['epoch'] for row in read_curve(tmp_path / 'other' / 'run')] == [0, 2]
 
     @pytest.mark.slow
     def test_in_the_first_epoch(self, train_script, cifar10_few, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_poolattn.training import read_summary
+from timm_poolattn.training import read_curve
 from timm_poolattn.training import train as run_train
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def test_a_resumed_run_is_recorded(train_script, image_folder, tmp_path):
     run = lambda *more: run_train([*map(str, [*args, '--experiment', 'run', *more])], timm_script=train_script)  # noqa: E731
     folder = run('--epochs', 1)
     run('--resume', folder / 'last.pth.tar')
-    assert [row['epoch'] for row in read_summary(folder)] == [0, 1]
+    assert [row['epoch'] for row in read_curve(folder)] == [0, 1]
     record = json.loads((folder / 'run.json').read_text())
     assert record['arguments']['epochs'] == 2 and record['resumed'][0]['arguments']['epochs'] == 1
 
@@ -109,5 +109,5 @@ def test_summary_of_a_resumed_run(tmp_path):
     """timm appends a second header, and an epoch whose checkpoint was not yet written comes again."""
     lines = ['epoch,eval_top1', '0,50.0', '1,60.0', 'epoch,eval_top1', '1,61.0', '2,70.0']
     (tmp_path / 'summary.csv').write_text('\n'.join(lines) + '\n')
-    rows = read_summary(tmp_path)
+    rows = read_curve(tmp_path)
     assert rows == [dict(epoch=e, eval_top1=t) for e, t in ((0, 50.0), (1, 61.0), (2, 70.0))]

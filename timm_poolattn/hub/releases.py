@@ -1,35 +1,25 @@
 """From a training run to a release folder: the Hub repository, byte for byte."""
 
-import argparse
 import hashlib
 import json
-import math
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 import yaml
 from huggingface_hub import eval_result_entries_to_yaml
-from timm.data import resolve_data_config
-from timm.models import clean_state_dict, create_model
+from timm.models import create_model
 
-from ..data import load_images
 from ..inference import evaluate
 from ..models import FAMILIES, data_sha256, hub_configs_dir, multiply_adds, save_model
 from ..papers import DATASETS
-from ..training import read_summary
+from ..training.runs import CHECKPOINTS, read_run
 from ..utils import MissingFileError, UserError, look_up, replacing, write_text
 from ..version import __version__
 from .card import eval_result, model_card
 from .verification import MODEL_ARGS, known_labels
-
-#: What a config.json says of the images.
-_DATA_CONFIG = ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')
-#: timm's names of the checkpoints to choose from.
-CHECKPOINTS = dict(last='last.pth.tar', best='model_best.pth.tar')
 
 
 def release(
@@ -66,52 +56,39 @@ def release(
     run_dir, out = Path(run_dir), out or hub_configs_dir()
     if not re.fullmatch('[a-z0-9_-]+', tag):
         raise UserError(f'tag {tag!r}: small letters, digits, _ and - make one up; {", ".join(DATASETS)} are taken')
+    run = read_run(run_dir)
     look_up('checkpoint', checkpoint, CHECKPOINTS)
-    for file in ('args.yaml', 'run.json', 'summary.csv', CHECKPOINTS[checkpoint]):
+    for file in ('run.json', 'summary.csv', CHECKPOINTS[checkpoint]):
         if not (run_dir / file).is_file():
             raise MissingFileError(f'{run_dir}: no {file}; is it the output folder of a finished `poolattn train`?')
-    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
-    arch = args['model'].split('.')[0]
+    arch, kwargs = run.untrained_model().pretrained_cfg['architecture'], run.args.get('model_kwargs') or {}
     if name not in (None, arch):
         raise UserError(f'{run_dir}: the run trained {arch}, not {name}; release it as --name {arch}')
     look_up('model', arch, timm.list_models(module=FAMILIES), f'{run_dir}: a release is of one of our models')
     own = timm.model_entrypoint(arch).model_args
-    allowed = {**own, **{k: args['model_kwargs'].get(k) for k in ('drop_rate', 'drop_path_rate', *MODEL_ARGS)}}
-    if differing := {k: v for k, v in args['model_kwargs'].items() if k not in allowed or v != allowed[k]}:
+    allowed = {**own, **{k: kwargs.get(k) for k in ('drop_rate', 'drop_path_rate', *MODEL_ARGS)}}
+    if differing := {k: v for k, v in kwargs.items() if k not in allowed or v != allowed[k]}:
         raise UserError(f'{run_dir}: trained with --model-kwargs {differing}, which is another network than {arch}')
-
-    saved = _read_checkpoint(run_dir / CHECKPOINTS[checkpoint])
-    curve = [row for row in read_summary(run_dir) if row]
-    evaluated = [row for row in curve if 'eval_top1' in row]  # --val-interval leaves epochs out
-    if not evaluated:
-        raise UserError(f'{run_dir}: summary.csv has no evaluated epoch; let the run finish, by --resume')
-    if checkpoint == 'last' and saved['epoch'] != curve[-1]['epoch']:
+    saved, model, curve = run.read_checkpoint(checkpoint), run.build_model(checkpoint), run.curve
+    if curve and checkpoint == 'last' and saved['epoch'] < curve[-1]['epoch']:
         raise UserError(
             f'{run_dir}: {CHECKPOINTS[checkpoint]} is of epoch {saved["epoch"]}, summary.csv ends with'
             f' {curve[-1]["epoch"]:.0f}: two runs share the folder, or one was cut short; train into another folder'
         )
-    built = {k: v for k, v in dict(in_chans=args.get('in_chans'), global_pool=args.get('gp')).items() if v}
-    model = create_model(args['model'], num_classes=args['num_classes'], **built, **args['model_kwargs'])
-    try:
-        model.load_state_dict(clean_state_dict(saved.get('state_dict_ema', saved['state_dict'])))
-    except RuntimeError as e:
-        said = ' '.join(str(e).split())[:300]
-        raise UserError(f'{run_dir}: {CHECKPOINTS[checkpoint]} is not of the model that args.yaml says: {said}') from e
+    if not any('eval_top1' in row for row in curve):  # --val-interval leaves epochs out
+        raise UserError(f'{run_dir}: summary.csv has no evaluated epoch; let the run finish, by --resume')
+    if checkpoint == 'last' and 'metric' in saved and saved['epoch'] > curve[-1]['epoch']:
+        # its row was lost; the checkpoint has its accuracy too
+        metric = f'eval_{run.args.get("eval_metric") or "top1"}'
+        curve = [*curve, {'epoch': float(saved['epoch']), metric: saved['metric']}]
+    evaluated = [row for row in curve if 'eval_top1' in row]
     model.pretrained_cfg['tag'] = tag
-    config = dict(resolve_data_config(args, model=model), crop_pct=args.get('crop_pct') or 1.0)  # as it was evaluated
-    height, width = config['input_size'][1:]
-    data = load_images(
-        data_dir or args['data_dir'],
-        args['val_split'],
-        name=args['dataset'],
-        img_mode='L' if config['input_size'][0] == 1 else 'RGB',
-        size=math.floor(height / config['crop_pct']) if height == width else None,
-    )
+    config, data = run.data_config(model), run.load_data(model, data_dir)
     _check_fit(run_dir, tag, model.num_classes, config, data.classes)
 
     folder = out / f'{arch}.{tag}'
     with replacing(folder) as temp:
-        save_model(model, temp, data.classes, {k: config[k] for k in _DATA_CONFIG})
+        save_model(model, temp, data.classes, config)
         source = dict(timm_poolattn=__version__, git_commit=git_commit())
         weights = seal(temp / 'model.safetensors', dict(format='pt', architecture=arch, tag=tag, **source))
         written = create_model(f'local-dir:{temp}', pretrained=True)
@@ -123,29 +100,20 @@ def release(
             parameters=sum(p.numel() for p in written.parameters()),
             multiply_adds=multiply_adds(written),
             weights=weights,
-            checkpoint=dict(which=checkpoint, epoch=saved['epoch'], ema='state_dict_ema' in saved),
+            checkpoint=dict(which=checkpoint, epoch=saved['epoch'], ema=run.has_ema(saved)),
             released_by=source,
             test=evaluate(written, data),
             epochs=int(curve[-1]['epoch']) + 1,
             last_epoch_top1=evaluated[-1]['eval_top1'],
             best_top1=best['eval_top1'],
             best_epoch=int(best['epoch']),
-            **json.loads((run_dir / 'run.json').read_text()),
+            **{k: v for k, v in run.record.items() if k != 'classes'},  # which config.json has
             curve=curve,
         )
         (temp / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
         write_texts(temp, results)
         (temp / 'model.safetensors').chmod(0o644)  # safetensors leaves it to the user alone
     return folder
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            saved = torch.load(path, map_location='cpu', weights_only=True)
-        return {**saved, 'epoch': int(saved['epoch'])}
-    except Exception as e:  # torch's and pickle's own kinds
-        raise UserError(f'{path}: no checkpoint of `poolattn train` ({type(e).__name__}: {str(e)[:200]})') from e
 
 
 def _check_fit(run_dir: Path, tag: str, num_classes: int, config: dict[str, Any], classes: list[str]) -> None:

@@ -17,7 +17,8 @@ from ..explain.figures import lambda_axes, save
 from ..inference import load_pretrained
 from ..layers import SPEM
 from ..papers import model_args, table_rows
-from ..training import read_summary
+from ..training import read_curve as read_run_curve
+from ..utils import MissingFileError, UserError
 from .results import load_results, read_results
 
 #: Okabe and Ito's colours, which people of any colour vision tell apart.
@@ -29,17 +30,17 @@ def read_curve(run: str | Path) -> list[dict[str, float]]:
     """The epochs of a run: from its folder's summary.csv, a release folder's results.json, or a results file.
 
     Raises:
-        FileNotFoundError: neither is there.
-        ValueError: no epoch has ended, or a file of another kind.
+        MissingFileError: neither is there.
+        UserError: no epoch has ended, or a file of another kind.
     """
     run = Path(run)
     file = next((run / name for name in ('summary.csv', 'results.json') if (run / name).is_file()), run)
     if not file.is_file():
         what = 'no summary.csv and no results.json in it' if run.is_dir() else 'no such folder or results file'
-        raise FileNotFoundError(f'{run}: {what}; `poolattn train` prints the folder of its run')
-    curve = read_summary(run) if file.suffix == '.csv' else read_results(file)['curve']
+        raise MissingFileError(f'{run}: {what}; `poolattn train` prints the folder of its run')
+    curve = read_run_curve(run) if file.suffix == '.csv' else read_results(file)['curve']
     if not curve:
-        raise ValueError(f'{run}: no epoch of this run has ended yet')
+        raise UserError(f'{run}: no epoch of this run has ended yet')
     return curve
 
 

@@ -1,18 +1,21 @@
 from .finetuning import Finetuned, finetune
 from .penalty import PenaltyTask, with_penalty
 from .recovery import RunStopped, newest_checkpoint
-from .runner import read_summary, recipes, train
+from .runner import recipes, train
+from .runs import Run, read_curve, read_run
 from .timm_script import find_train_script
 from .warm_starts import warm_start
 
 __all__ = [
     'Finetuned',
     'PenaltyTask',
+    'Run',
     'RunStopped',
     'find_train_script',
     'finetune',
     'newest_checkpoint',
-    'read_summary',
+    'read_curve',
+    'read_run',
     'recipes',
     'train',
     'warm_start',

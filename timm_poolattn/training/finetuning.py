@@ -1,19 +1,16 @@
 """Fine-tuning to a folder of one's own classes: train, keep the best epoch, say what it gets right and wrong."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
-from timm.data import resolve_data_config
-from timm.models import create_model, save_for_hf
 from torch import nn
 
-from ..data import ImageData, ResidentDataset, ResidentLoader, list_classes, load_images
-from ..inference import decoded_size, load_pretrained
+from ..data import ImageData, ResidentDataset, ResidentLoader, list_classes
 from .runner import train
+from .runs import read_run
 
 
 @dataclass
@@ -66,37 +63,31 @@ def finetune(data_dir: str | Path, argv: Sequence[str] = (), **options) -> Finet
     """
     classes = list_classes(data_dir)
     argv = ['--num-classes', str(len(classes)), *argv, '--data-dir', str(data_dir)]
-    run = train(argv, **{'recipe': 'finetune', **options})
-    args = yaml.safe_load((run / 'args.yaml').read_text())
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        best = torch.load(run / 'model_best.pth.tar', map_location='cpu', weights_only=True)
-    model = create_model(args['model'], num_classes=args['num_classes'], **args['model_kwargs'])
-    model.load_state_dict(best.get('state_dict_ema', best['state_dict']))
-    config = dict(resolve_data_config(args, model=model), crop_pct=args['crop_pct'] or 1.0)  # as the run evaluated it
-    save_for_hf(
-        model,
-        run / 'model',
-        model_config=dict(label_names=classes),
-        data_config={k: config[k] for k in ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')},
-        safe_serialization=True,
-    )
-    model = load_pretrained(f'local-dir:{run / "model"}')
-    img_mode = 'L' if model.in_chans == 1 else 'RGB'
-    data = load_images(data_dir, args['val_split'], img_mode=img_mode, size=decoded_size(model), classes=classes)
-    confusion = confusion_matrix(model, data)
-    figure = _draw(confusion, classes, run / 'confusion.png')
-    return Finetuned(run / 'model', classes, confusion, best['epoch'], figure)
+    run = read_run(train(argv, **{'recipe': 'finetune', **options}))
+    model = run.build_model('best')
+    run.save_model(model, run.folder / 'model')
+    confusion = confusion_matrix(model, run.load_data(model), run.data_config(model))
+    figure = _draw(confusion, classes, run.folder / 'confusion.png')
+    return Finetuned(run.folder / 'model', classes, confusion, run.read_checkpoint('best')['epoch'], figure)
 
 
 @torch.inference_mode()
-def confusion_matrix(model: nn.Module, data: ImageData) -> torch.Tensor:
-    """(classes, classes): images of class i that `model` takes for class j."""
-    config = resolve_data_config(model=model)
+def confusion_matrix(model: nn.Module, data: ImageData, config: dict[str, Any]) -> torch.Tensor:
+    """(classes, classes): images of class i that `model` takes for class j.
+
+    Args:
+        model: in evaluation mode.
+        data: brought to size.
+        config: input_size, mean and std.
+    """
+    n, dataset = model.num_classes, ResidentDataset(data)
     loader = ResidentLoader(
-        ResidentDataset(data), config['input_size'], 500, is_training=False, mean=config['mean'], std=config['std']
+        dataset, config['input_size'], 500, is_training=False, mean=config['mean'], std=config['std']
     )
-    pairs = torch.cat([target * model.num_classes + model.eval()(input).argmax(1) for input, target in loader])
-    return pairs.bincount(minlength=model.num_classes**2).view(model.num_classes, model.num_classes)
+    confusion = torch.zeros(n * n, dtype=torch.long)
+    for input, target in loader:
+        confusion += (target * n + model(input).argmax(1)).bincount(minlength=n * n)
+    return confusion.view(n, n)
 
 
 def _draw(confusion: torch.Tensor, classes: list[str], path: Path) -> Path | None:

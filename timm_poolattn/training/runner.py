@@ -1,7 +1,6 @@
 """Running timm's train.py with our models, loader and task. Whatever it does besides is timm's own."""
 
 import argparse
-import csv
 import json
 import logging
 import math
@@ -27,6 +26,7 @@ from ..data import BatchErasing, ResidentDataset, ResidentLoader, list_classes, 
 from ..version import __version__
 from .penalty import PenaltyMixin, with_penalty
 from .recovery import Guard, check_checkpoint
+from .runs import read_curve
 from .timm_script import find_train_script, load_train_script
 
 _logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def train(
         seconds = time.time() - start
         _write_run(output, args, dict(**named, arguments=arguments, options=options), seconds)
         if not guard.interrupts:
-            rows = read_summary(output)
+            rows = read_curve(output)
             last = '  '.join(f'{name}: {value:.4g}' for name, value in rows[-1].items()) if rows else 'no epoch ended'
             print(f'trained {args.model} in {seconds:.0f} s -> {output}  ({last})')
     if guard.interrupts:  # train.py catches it, and ends as if it were done
@@ -251,21 +251,3 @@ def _write_run(output: Path, args: argparse.Namespace, run: dict[str, Any], seco
     temp = path.with_suffix('.tmp')
     temp.write_text(json.dumps(run, indent=2) + '\n')
     os.replace(temp, path)
-
-
-def read_summary(output: str | Path) -> list[dict[str, float]]:
-    """The curve in a run's summary.csv: a row for each epoch, without `eval_...` where --val-interval left it out.
-
-    timm writes the header again where a run resumes, and leaves out the columns that an epoch does not have.
-    """
-    with open(Path(output, 'summary.csv'), newline='') as f:
-        rows = list(csv.reader(f))
-    fields = max((row for row in rows if row[0] == 'epoch'), key=len, default=[])
-    unevaluated = [field for field in fields if not field.startswith('eval_')]
-    curve = {}
-    for row in rows:
-        if row[0] != 'epoch':
-            names = fields if len(row) == len(fields) else unevaluated
-            # a run that was killed after an epoch's row but before its checkpoint repeats that epoch
-            curve[row[0]] = {name: float(value) for name, value in zip(names, row, strict=True)}
-    return list(curve.values())

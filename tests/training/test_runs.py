@@ -1,0 +1,59 @@
+"""Reading a run's folder: its curve, its model, its classes."""
+
+import pytest
+
+from timm_poolattn.training import read_curve, read_run
+from timm_poolattn.utils import MissingFileError, UserError
+
+HEADER, ROWS = 'epoch,train_loss,eval_top1,lr\n', ['0,1.5,50.25,0.1\n', '1,1.25,60.5,0.1\n', '2,1.0,70.75,0.05\n']
+CURVE = [
+    dict(epoch=0, train_loss=1.5, eval_top1=50.25, lr=0.1),
+    dict(epoch=1, train_loss=1.25, eval_top1=60.5, lr=0.1),
+    dict(epoch=2, train_loss=1.0, eval_top1=70.75, lr=0.05),
+]
+
+
+@pytest.mark.parametrize(
+    'text, curve',
+    [
+        ('', []),
+        (HEADER, []),
+        (HEADER + ''.join(ROWS), CURVE),
+        (HEADER + ROWS[0] + '\n' + ROWS[1] + '\n\n' + ROWS[2], CURVE),
+        (HEADER + ROWS[0] + ROWS[1] + '2,1.0,70', CURVE[:2]),
+        (HEADER + ROWS[0] + ROWS[1] + '2,1.0,70.75,0.0', CURVE[:2]),  # as many columns, and yet cut
+        (HEADER + ROWS[0] + '1,1.2' + HEADER + ROWS[1] + ROWS[2], CURVE),  # cut, and resumed
+        (HEADER + ROWS[0] + '1,\0\0\0\0\0,\0,\0\n', CURVE[:1]),
+        (HEADER + ''.join(ROWS) + HEADER + ROWS[1], CURVE[:2]),  # resumed from an earlier checkpoint
+        (HEADER + ROWS[0] + '1,1.25,0.1\n' + ROWS[2], [CURVE[0], dict(epoch=1, train_loss=1.25, lr=0.1), CURVE[2]]),
+    ],
+    ids=['empty', 'header', 'whole', 'blank', 'cut', 'cut-number', 'cut-resumed', 'zeros', 'earlier', 'unevaluated'],
+)
+def test_the_whole_rows_are_the_curve(tmp_path, text, curve):
+    for end in ('\n', '\r\n'):  # timm's writer has the latter
+        (tmp_path / 'summary.csv').write_text(text, newline=end)
+        assert read_curve(tmp_path) == curve
+
+
+def test_no_summary_is_no_curve(tmp_path):
+    assert read_curve(tmp_path) == []
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    with pytest.raises(MissingFileError, match=r'no args\.yaml; is it the output folder of'):
+        read_run(tmp_path)
+    (tmp_path / 'args.yaml').write_text('lr: 1')
+    with pytest.raises(UserError, match=r'args\.yaml: says no model'):
+        read_run(tmp_path)
+    (tmp_path / 'args.yaml').write_text('model: resnet20')
+    (tmp_path / 'run.json').write_text('{"recipe": "x", ')
+    with pytest.raises(UserError, match=r'run\.json: cannot be read .* cut short'):
+        read_run(tmp_path)
+    (tmp_path / 'run.json').unlink()
+    with pytest.raises(MissingFileError, match=r'last\.pth\.tar: no such checkpoint'):
+        read_run(tmp_path).build_model()
+    (tmp_path / 'last.pth.tar').write_bytes(b'PK')
+    with pytest.raises(UserError, match=r'last\.pth\.tar: no checkpoint of `poolattn train`'):
+        read_run(tmp_path).build_model()
+    with pytest.raises(UserError, match="unknown checkpoint 'first'; choose from last, best"):
+        read_run(tmp_path).build_model('first')

@@ -1,0 +1,211 @@
+"""A run's folder: what was trained, how, how it went, and the model as it was evaluated."""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from timm.data import resolve_data_config
+from timm.models import clean_state_dict, create_model, get_pretrained_cfg
+from torch import nn
+
+from ..data import ImageData, list_classes, load_images
+from ..models import release_args, save_model
+from ..utils import MissingFileError, UserError, look_up
+
+#: timm's names of the checkpoints to choose from.
+CHECKPOINTS = dict(last='last.pth.tar', best='model_best.pth.tar')
+#: train.py's names of what it gives to create_model, by create_model's.
+_MODEL_ARGS = dict(
+    num_classes='num_classes',
+    drop_rate='drop',
+    drop_path_rate='drop_path',
+    drop_block_rate='drop_block',
+    global_pool='gp',
+    bn_momentum='bn_momentum',
+    bn_eps='bn_eps',
+)
+#: What a config.json says of the images.
+_DATA_CONFIG = ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')
+
+
+@dataclass(frozen=True)
+class Run:
+    """The output folder of `poolattn train`; see `read_run`.
+
+    Attributes:
+        folder: where it lies.
+        args: all of train.py's arguments by name: args.yaml.
+        record: what `train` adds to them: run.json. Empty for a run of train.py alone.
+    """
+
+    folder: Path
+    args: dict[str, Any]
+    record: dict[str, Any]
+
+    @cached_property
+    def curve(self) -> list[dict[str, float]]:
+        """A row for each epoch; see `read_curve`."""
+        return read_curve(self.folder)
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The names of the training data's classes, in the order of the model's.
+
+        Raises:
+            UserError: an older run does not say them, and its data are no longer there.
+        """
+        if 'classes' in self.record:
+            return self.record['classes']
+        if self.args.get('dataset'):
+            return load_images(self.args['data_dir'], 'train', name=self.args['dataset']).classes
+        return list_classes(self.args['data_dir'], self.args.get('train_split') or 'train')
+
+    def read_checkpoint(self, which: str = 'last') -> dict[str, Any]:
+        """What timm's saver wrote; no pickle is run.
+
+        Raises:
+            MissingFileError: it is not there.
+            UserError: an unknown `which`, or a file of another kind.
+        """
+        look_up('checkpoint', which, CHECKPOINTS)
+        return read_checkpoint(self.folder / CHECKPOINTS[which])
+
+    def build_model(self, which: str = 'last') -> nn.Module:
+        """The model in evaluation mode with the weights that the run evaluated: the moving average where it kept one.
+
+        Raises:
+            As `read_checkpoint`.
+            UserError: the weights are not of the model that args.yaml says.
+        """
+        saved = self.read_checkpoint(which)
+        model = self.untrained_model()
+        try:
+            model.load_state_dict(clean_state_dict(saved['state_dict_ema' if self.has_ema(saved) else 'state_dict']))
+        except (KeyError, RuntimeError) as e:
+            said = ' '.join(str(e).split())[:300]
+            file = self.folder / CHECKPOINTS[which]
+            raise UserError(f'{file}: not of the model that args.yaml beside it says: {said}') from e
+        return model.eval()
+
+    def has_ema(self, saved: dict[str, Any]) -> bool:
+        """Return True if the run evaluated the moving average that is in the checkpoint `saved`."""
+        return 'state_dict_ema' in saved and not self.args.get('model_ema_force_cpu')
+
+    def untrained_model(self) -> nn.Module:
+        """The model as train.py built it, with random weights."""
+        args, name = self.args, self.args['model']
+        given = {ours: args.get(theirs) for ours, theirs in _MODEL_ARGS.items()}
+        if not args.get('in_chans') and args.get('input_size'):
+            given['in_chans'] = args['input_size'][0]
+        else:
+            given['in_chans'] = args.get('in_chans') or 3
+        given = {k: v for k, v in given.items() if v is not None}
+        released = {}
+        if args.get('pretrained') and (cfg := get_pretrained_cfg(name)):  # whose weights say more than their name
+            released = release_args(f'{name.partition(".")[0]}.{cfg.tag}')
+        try:
+            return create_model(name, **{**released, **given, **(args.get('model_kwargs') or {})})
+        except Exception as e:  # of timm's and of the model's own kinds
+            raise UserError(f'{self.folder}: {name} cannot be built as args.yaml says ({type(e).__name__}: {e})') from e
+
+    def data_config(self, model: nn.Module) -> dict[str, Any]:
+        """How the run brought images to `model`: input_size, mean, std, crop_pct and interpolation."""
+        config = resolve_data_config(self.args, model=model)
+        if self.record.get('options', {}).get('resident', True):  # whose loader has its own ways
+            config.update(crop_pct=self.args.get('crop_pct') or 1.0, interpolation='bicubic')
+        return {k: config[k] for k in _DATA_CONFIG}
+
+    def load_data(self, model: nn.Module, data_dir: str | Path | None = None) -> ImageData:
+        """The images that the run evaluated `model` on, or those of `data_dir`, brought to size in the same way."""
+        config = self.data_config(model)
+        channels, height, width = config['input_size']
+        return load_images(
+            data_dir or self.args['data_dir'],
+            self.args.get('val_split') or 'validation',
+            name=self.args.get('dataset') or '',
+            img_mode=self.args.get('input_img_mode') or ('RGB' if channels == 3 else 'L'),
+            size=math.floor(height / config['crop_pct']) if height == width else None,
+            classes=self.record.get('classes'),  # of which a split may hold a few
+        )
+
+    def save_model(self, model: nn.Module, folder: str | Path) -> None:
+        """Write `model` with its classes and the run's way to see images: see `models.save_model`."""
+        save_model(model, folder, self.classes, self.data_config(model))
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read the output folder of `poolattn train`.
+
+    Raises:
+        MissingFileError: no args.yaml in it.
+        UserError: a file of it cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / 'args.yaml').is_file():
+        raise MissingFileError(f'{folder}: no args.yaml; is it the output folder of `poolattn train`?')
+    read = {}
+    for name, parse in (('args.yaml', yaml.safe_load), ('run.json', json.loads)):
+        path = folder / name
+        try:
+            read[name] = parse(path.read_text()) if path.is_file() else {}
+        except (yaml.YAMLError, ValueError) as e:
+            raise UserError(f'{path}: cannot be read ({" ".join(str(e).split())[:200]}); was it cut short?') from e
+        if not isinstance(read[name], dict):
+            raise UserError(f'{path}: not a mapping; was it cut short?')
+    if 'model' not in read['args.yaml']:
+        raise UserError(f"{folder / 'args.yaml'}: says no model; is it train.py's?")
+    return Run(folder, read['args.yaml'], read['run.json'])
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of timm's saver; no pickle is run.
+
+    Raises:
+        MissingFileError: it is not there.
+        UserError: a file of another kind, or a damaged one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f'{path}: no such checkpoint; is its folder that of a finished `poolattn train`?')
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+        return {**saved, 'epoch': int(saved['epoch']), 'state_dict': dict(saved['state_dict'])}
+    except Exception as e:  # torch's and pickle's own kinds
+        said = ' '.join(str(e).split())[:200]
+        raise UserError(f'{path}: no checkpoint of `poolattn train` ({type(e).__name__}: {said})') from e
+
+
+def read_curve(folder: str | Path) -> list[dict[str, float]]:
+    """The whole rows of a run's summary.csv, one for each epoch, in order; none where the file is empty or missing.
+
+    timm writes the header again where a run resumes, and leaves out the `eval_...` columns that an epoch does not
+    have. A row that was cut, by a kill or a full disk, is left out. A run that was killed between an epoch's row and
+    its checkpoint repeats that epoch; one that was resumed from an earlier checkpoint repeats all that came after.
+    """
+    path = Path(folder, 'summary.csv')
+    text = path.read_text(errors='replace') if path.is_file() else ''
+    *lines, _ = text.split('\n')  # whole lines end
+    # a resumed run's header may follow a cut row on its line
+    lines = [f'epoch,{line.rpartition("epoch,")[2]}' if 'epoch,' in line else line for line in lines]
+    rows = [line.strip().split(',') for line in lines]
+    longest = max((row for row in rows if row[0] == 'epoch'), key=len, default=[])
+    header, curve = [], []
+    for row in rows:
+        if row[0] == 'epoch':
+            header = row
+            continue
+        layouts = (header, longest, [name for name in longest if not name.startswith('eval_')])
+        names = next((names for names in layouts if len(names) == len(row)), None)
+        try:
+            epoch = {name: float(value) for name, value in zip(names or (), row, strict=True)}
+        except ValueError:
+            continue
+        curve = [before for before in curve if before['epoch'] < epoch['epoch']] + [epoch]
+    return curve
