@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from .data import ImageData, ResidentDataset, ResidentLoader
 from .models import FAMILIES, HubError, hub_errors
+from .utils import UserError
 
 
 def _check_known(name: str) -> None:
@@ -54,7 +56,10 @@ def load_pretrained(name: str) -> nn.Module:
             raise ValueError(f'{name} has no weights yet; with weights: {", ".join(trained) or "none"}')
     try:
         with hub_errors(name.partition(':')[2]):
-            return timm.create_model(name, pretrained=True).eval()
+            try:
+                return timm.create_model(name, pretrained=True).eval()
+            except JSONDecodeError as e:  # and not of the Hub, which `hub_errors` would say
+                raise UserError(f'{name}: its config.json is not JSON ({e}); download or write it again') from None
     except (RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as e:
         if ':' not in name or isinstance(e, HubError):
             raise

@@ -17,6 +17,8 @@ from .server import HubServer
 
 TOKEN = 'hf_SecretSecretSecretSecret'
 NAME = 'resnet20_saam.cifar10'
+#: Twenty points to kill a process at; five of them by default.
+KILL_POINTS = [pytest.param(n, marks=() if n in (0, 5, 10, 14, 19) else pytest.mark.slow) for n in range(20)]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from timm_poolattn.cli import main
 from timm_poolattn.hub import publish
 from timm_poolattn.models import HubError
 
-from .conftest import NAME, TOKEN
+from .conftest import KILL_POINTS, NAME, TOKEN
 
 REPO = f'org/{NAME}'
 #: What publishing asks of the Hub, in order; downloads and look-ups between them left out.
@@ -182,7 +182,7 @@ class TestPublish:
         assert row.status == 'failed' and 'the folder holds resnet20_saam.cifar10' in row.detail
 
     def test_mistakes(self, hub, monkeypatch):
-        with pytest.raises(ValueError, match='neither a release'):
+        with pytest.raises(ValueError, match="unknown release 'resnet9000'"):
             publish(['resnet9000'], 'org')
         with monkeypatch.context() as m, pytest.raises(HubError, match='needs a token'):
             m.delenv('HF_TOKEN')
@@ -328,6 +328,39 @@ class TestFaults:
             hub.before = lambda method, path: None
             assert one().status in ('published', 'unchanged')
             is_whole(hub, folder)
+
+
+@pytest.mark.parametrize('point', KILL_POINTS)
+def test_killed(hub, folder, point):
+    """Killed at a twentieth of its requests, of which the Hub handles every other one; the same call completes it."""
+    one()
+    requests = len(hub.requests)
+    hub.repos.clear()
+    hub.requests.clear()
+    neighbour = hub.add('org/neighbour', {'README.md': b'theirs'})
+    before = files(folder)
+    pid = os.fork()
+    if not pid:
+        try:
+            one()
+        finally:
+            os._exit(0)
+
+    def kill(method, path):
+        if len(hub.requests) == 1 + point * (requests - 1) // 19:
+            os.kill(pid, signal.SIGKILL)
+            if point % 2:
+                raise ConnectionResetError  # before the Hub does what it is asked
+
+    hub.before = kill
+    _, status = os.waitpid(pid, 0)
+    hub.before = lambda method, path: None
+    assert os.WIFSIGNALED(status), 'it ended before it was killed'
+    assert files(folder) == before and [*neighbour.head] == ['README.md']
+    if REPO in hub.repos:
+        assert at(hub) in ({}, before)
+    assert one().status in ('published', 'unchanged')
+    is_whole(hub, folder)
 
 
 class TestCommandLine:

@@ -28,6 +28,8 @@ from timm_poolattn.papers import paper_top1
 from timm_poolattn.training.timm_script import load_train_script
 from timm_poolattn.utils import UserError
 
+from .conftest import KILL_POINTS
+
 FILES = ['.eval_results/cifar10.yaml', 'README.md', 'config.json', 'model.safetensors', 'results.json']
 
 
@@ -290,7 +292,7 @@ def test_a_checkpoint_of_another_run_is_refused(run_dir, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('point', [pytest.param(n, marks=() if n % 5 == 4 else pytest.mark.slow) for n in range(20)])
+@pytest.mark.parametrize('point', KILL_POINTS)
 def test_killed(run_dir, tmp_path, point):
     """Killed at the n-th access to the place that it writes to; the same call again gives the same bytes."""
     run_dir, _ = run_dir

@@ -165,6 +165,15 @@ def test_what_is_no_model(hub, other):
         load_pretrained(f'local-dir:{other}')
 
 
+@pytest.mark.parametrize('text', ['', '{', '{"architecture": "resnet20_sa'])
+def test_an_empty_or_cut_config(hub, other, text):
+    (other / 'config.json').write_text(text)
+    hub.add('org/x', {p.name: p.read_bytes() for p in other.iterdir() if p.is_file()})
+    for name in (f'local-dir:{other}', 'hf-hub:org/x'):
+        result = CliRunner().invoke(main, ['validate', '--model', name, '--data-dir', '.'])
+        assert result.exit_code == 2 and f'{name}: its config.json is not JSON' in result.output
+
+
 def test_command_line(hub):
     result = CliRunner().invoke(main, ['validate', '--model', f'hf-hub:org/{NAME}', '--data-dir', '.'])
     assert result.exit_code == 2 and result.output.startswith('Error: org/') and 'is not published' in result.output

@@ -15,6 +15,7 @@ from timm_poolattn.data import load_images
 from timm_poolattn.hub import verify
 from timm_poolattn.hub.releases import seal
 from timm_poolattn.inference import evaluate, load_pretrained
+from timm_poolattn.utils import UserError
 
 from .conftest import NAME
 
@@ -69,7 +70,7 @@ def test_command_line(other):
     result = CliRunner().invoke(main, ['verify', str(other), '--json'])
     assert result.exit_code == 1 and json.loads(result.output)[-1]['ok'] is False
     result = CliRunner().invoke(main, ['verify', 'resnet20_sam'])
-    assert result.exit_code == 2 and 'resnet20_sam: neither a release (' in result.output
+    assert result.exit_code == 2 and "unknown release 'resnet20_sam'; choose from " in result.output
 
 
 def test_accuracy(other, image_folder):
@@ -197,6 +198,35 @@ class TestHostileRepository:
         (check,) = verify('hf-hub:org/x')
         assert not check.ok and check.detail.startswith('pytorch_model.bin: weights other than model.safetensors')
         assert not any('resolve' in path for _, path in hub.requests)
+
+    @pytest.mark.parametrize('body', ['', '[]', 'null', '{}', '"x"', '[1]', '[{"type": "file"}]', '<html>'])
+    def test_a_list_of_files_that_is_nonsense(self, hub, folder, body):
+        hub.add('org/x', self.files(folder))
+        hub.fault('GET', 'tree', 200, times=99, body=body)
+        (check,) = verify('hf-hub:org/x')
+        assert check.name == 'files' and not check.ok and ('lacks' in check.detail or hub.url in check.detail)
+
+    @pytest.mark.parametrize('kind', [200, 404, 500, 'cut'])
+    @pytest.mark.parametrize('method', ['HEAD', 'GET'])
+    def test_a_file_that_does_not_come(self, hub, folder, method, kind):
+        hub.add('org/x', self.files(folder))
+        hub.fault(method, 'resolve/.*/results.json', kind, times=99)
+        checks = verify('hf-hub:org/x')
+        assert not checks[-1].ok and 'results.json' in checks[-1].detail
+
+    @pytest.mark.parametrize('file', ['config.json', 'results.json', 'model.safetensors'])
+    @pytest.mark.parametrize('part', [0, 0.5])
+    def test_empty_and_cut_files(self, hub, folder, file, part):
+        files = self.files(folder)
+        files[file] = files[file][: int(part * len(files[file]))]
+        hub.add('org/x', files)
+        checks = verify('hf-hub:org/x')
+        assert not checks[-1].ok and file in checks[-1].detail
+
+    @pytest.mark.parametrize('target', ['hf-hub:', 'hf-hub:a b/c', 'hf-hub:a/b/c', 'hf-hub:../x'])
+    def test_what_names_no_repository(self, hub, target):
+        with pytest.raises(UserError):
+            verify(target)
 
     def test_flipped_on_the_way(self, hub, folder):
         hub.add('org/x', self.files(folder))

@@ -16,15 +16,16 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..data import load_images
 from ..inference import decoded_size, evaluate
-from ..models import FAMILIES, data_sha256, hub_errors, released
+from ..models import FAMILIES, HubError, data_sha256, hub_errors, redact, released
 from ..papers import DATASETS
-from ..utils import UserError
+from ..utils import UserError, look_up
 
 #: Every file of a release; `.gitattributes` is the Hub's own.
 REQUIRED = ('config.json', 'model.safetensors', 'README.md', 'results.json')
@@ -79,7 +80,7 @@ def resolve(target: str | Path) -> Path:
         if str(target) in (name, name.partition('.')[0]):
             return folder
     if not Path(target).is_dir():
-        raise UserError(f'{target}: neither a release ({", ".join(folders) or "there are none"}) nor a folder')
+        look_up('release', str(target), folders, 'or name a folder, or hf-hub:REPO to verify')
     return Path(target)
 
 
@@ -101,32 +102,56 @@ def verify(
         endpoint: of the Hub. Default: huggingface_hub's.
 
     Returns:
-        The checks in order. The first that fails is the last: what comes after it would rest on it.
+        The checks in order. The first that fails is the last: what comes after it would rest on it. A file that
+        cannot be read or fetched, and a server that answers nonsense, are a failed check too.
 
     Raises:
         UserError: `target` names nothing.
-        HubError: the Hub does not give the repository.
+        HubError: there is no such repository, or no way to it.
     """
     data = dict(data_dir=data_dir, dataset=dataset, split=split)
     if not str(target).startswith('hf-hub:'):
         return verify_folder(resolve(str(target).removeprefix('local-dir:')), **data)
     repo_id, _, revision = str(target).removeprefix('hf-hub:').partition('@')
-    with tempfile.TemporaryDirectory() as temp, hub_errors(repo_id, endpoint):
+    with tempfile.TemporaryDirectory() as temp:
         folder = Path(temp, 'release')
         failed = download(HfApi(endpoint=endpoint), repo_id, revision or None, folder)
         return [failed] if failed else verify_folder(folder, **data)
 
 
 def download(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> Check | None:
-    """Every file of a repository, past every cache, into `folder`; where a name is refused, nothing but its check."""
-    entries = [e for e in api.list_repo_tree(repo_id, recursive=True, revision=revision) if isinstance(e, RepoFile)]
-    paths = [entry.path for entry in entries]
+    """Fetch every file of a repository, past every cache, into `folder`.
+
+    Returns:
+        The failed check of what was refused or could not be fetched; None if all is there.
+
+    Raises:
+        HubError: there is no such repository, or no way to it.
+    """
     try:
-        _check_names(paths)
+        with hub_errors(repo_id, api.endpoint):
+            entries = list(api.list_repo_tree(repo_id, recursive=True, revision=revision))
+    except HFValidationError as e:
+        raise UserError(f'{repo_id!r} names no repository: {e}') from e
+    except HubError as e:
+        if not isinstance(e.__cause__, json.JSONDecodeError):
+            raise
+        return Check('files', False, str(e))
+    except Exception as e:  # an answer that huggingface_hub did not expect
+        said = redact(f'{type(e).__name__}: {e}')[:300]
+        return Check('files', False, f'{repo_id}: {api.endpoint} does not answer as a Hub does ({said})')
+    files = [entry for entry in entries if isinstance(entry, RepoFile)]
+    try:
+        _check_names([file.path for file in files])
     except UserError as e:
         return Check('files', False, str(e))
-    for path in paths:
-        api.hf_hub_download(repo_id, path, revision=revision, local_dir=folder, force_download=True)
+    for file in files:
+        try:
+            with hub_errors(repo_id, api.endpoint):
+                api.hf_hub_download(repo_id, file.path, revision=revision, local_dir=folder, force_download=True)
+        except Exception as e:
+            said = str(e) if isinstance(e, HubError) else f'{type(e).__name__}: {e}'
+            return Check('files', False, f'{file.path} cannot be fetched: {redact(said)[:500]}')
     shutil.rmtree(folder / '.cache', ignore_errors=True)  # huggingface_hub's notes on the download
     return None
 
