@@ -191,7 +191,7 @@ def test_a_comparison_is_a_row_a_model(tmp_path):
     says = texts(figure)
     assert {f'Grad-CAM, classes most probable to {n}' for n in ('mine.cifar10', 'other.cifar100', 'one class')} <= says
     assert {r'a \$photo\$.jpg', 'no gates', 'plain', 'Grad-CAM, classes most probable to mine.cifar10'} <= says
-    assert 'SAAM: score map V of each block, mean of 2 paths (number: its peak over its mean)' in says
+    assert 'SAAM: score map V of each block, 8 of 9, mean of 2 paths (number: its peak over its mean)' in says
     assert any(text.startswith(r'US\$1_\$ a') and len(text) < 25 for text in says)
 
 

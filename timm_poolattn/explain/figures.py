@@ -283,7 +283,8 @@ def _main_gate(figure: SubFigure, account: _Account) -> None:
         caption, row_name = _MAPS[key]
         parts = max(t[key].shape[1] for _, t in items)
         mean = f', mean of {parts} {row_name}s' if parts > 1 else ''
-        _caption(figure, f'{caption}{mean} (number: its peak over its mean)', y=0.93)
+        some = f', {len(items)} of {len(trace)}' if len(items) < len(trace) else ''
+        _caption(figure, f'{caption}{some}{mean} (number: its peak over its mean)', y=0.93)
         for ax, (name, t) in zip(_axes(figure, 1, len(items), left=0.2, top=0.4)[0], items, strict=True):
             _map(ax, account.grey, t[key][0].mean(0), block_label(name))
     elif account.trace:
