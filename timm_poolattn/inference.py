@@ -64,7 +64,7 @@ def load_pretrained(name: str) -> nn.Module:
         if ':' not in name or isinstance(e, HubError):
             raise
         # timm's, of a folder or repository that says what cannot be
-        raise ValueError(f'{name} cannot be loaded: {e}; `poolattn verify {name}` may say more') from e
+        raise ValueError(f'{name} cannot be loaded: {e}; `poolattn hub verify {name}` may say more') from e
 
 
 def read_image(path: str | Path, in_chans: int = 3) -> Image.Image:

@@ -15,8 +15,8 @@ A manifest is a YAML list; an entry stands for every combination of its models, 
       args: [--lr, '0.012']               # more arguments of `poolattn train`; default: none
 
 A run with a results file is done. The others are trained by `poolattn train`, several at once, each resumed from its
-newest whole checkpoint, and laid out by `poolattn release`. Where a model has a release folder already, the better of
-the two by last-epoch accuracy is in hub_configs, and the other leaves its results file. After any interruption the
+newest whole checkpoint, and laid out by `poolattn hub release`. Where a model has a release folder already, the better
+of the two by last-epoch accuracy is in hub_configs, and the other leaves its results file. After any interruption the
 same command goes on where the last one stopped; several may work on one --runs folder.
 """
 
@@ -91,7 +91,7 @@ class Run:
             train = ['--model', name, '--seed', str(self.seed), '--val-split', 'test', '--device', device]
             output = ['--output', str(self.folder.parent), '--experiment', self.folder.name]
             yield [*poolattn, 'train', '--recipe', self.recipe, *train, *data, *output, *begin, *self.args]
-        release = ['release', str(self.folder), '--tag', self.data, *data, '--out', str(self.folder / 'release')]
+        release = ['hub', 'release', str(self.folder), '--tag', self.data, *data, '--out', str(self.folder / 'release')]
         yield [*poolattn, *release]
 
 

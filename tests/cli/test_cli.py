@@ -1,7 +1,10 @@
 import json
+import math
+import os
 import subprocess
 import sys
 
+import click
 import numpy as np
 import pytest
 import timm
@@ -10,6 +13,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from timm_poolattn.cli import main
+from timm_poolattn.cli.options import echo_json
+from timm_poolattn.models import released
 from timm_poolattn.report.model_list import list_models
 
 
@@ -67,7 +72,19 @@ class TestList:
         assert rows['cifar_vgg19'] == ('cifar_vgg', None)
 
     def test_no_match(self):
-        assert "no model matches 'alexnet'" in fails('list', 'alexnet')
+        assert "no model matches 'alexnet'; try `poolattn list '*alexnet*'`" in fails('list', 'alexnet')
+        assert "no model matches '*nosuch*'; try `poolattn list`" in fails('list', '*nosuch*')
+        assert "no trained model matches 'resnet20'; try `poolattn list`" in fails('list', 'resnet20', '--trained')
+
+    def test_trained(self):
+        rows = json.loads(run('list', '--trained', '--json').stdout)
+        assert {f'{row["model"]}.{tag}' for row in rows for tag in row['weights']} == set(released())
+
+    def test_marks_downloads(self, monkeypatch):
+        weights, top1 = dict(cifar10='packaged', cifar100='download'), dict(cifar10=91.0, cifar100=64.5)
+        row = dict(model='a', family='b', gate=None, parameters=1, multiply_adds=2, top1=top1, weights=weights)
+        monkeypatch.setattr('timm_poolattn.report.model_list.list_models', lambda *args, **kwargs: [row])
+        assert run('list').stdout.endswith('  cifar10 91.00  cifar100 64.50 (download)\n')
 
     def test_rows_follow_the_registry(self):
         assert [r['model'] for r in list_models('*20*')] == timm.list_models('*20*', module='cifar_resnet')
@@ -194,5 +211,58 @@ def test_bench_skip(image_folder, tmp_path, trained):
     assert 'no FA gates' in fails('bench', 'skip', '--model', trained, '--data-dir', image_folder)
 
 
-def test_help():
-    assert 'list' in run('-h').output and 'timm' in run('train', '--help').output
+def commands(group=main, path=()):
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        yield from commands(command, (*path, name)) if isinstance(command, click.Group) else ()
+
+
+def test_commands():
+    top = {path[0] for path, _ in commands()}
+    users = {'list', 'predict', 'validate', 'export', 'train', 'finetune', 'warm-start', 'explain', 'run', 'report'}
+    assert top == users | {'hub', 'plot', 'bench'}
+
+
+@pytest.mark.parametrize('path, command', [pytest.param(*c, id=' '.join(c[0])) for c in commands()])
+def test_help(path, command):
+    assert run(*path, '--help').output.startswith(f'Usage: main {" ".join(path)} ')
+    assert command.get_short_help_str().endswith('.') and '...' not in command.get_short_help_str()  # not cut
+
+
+@pytest.mark.parametrize(
+    'old, new',
+    [(name, f'poolattn hub {name}') for name in ('release', 'verify', 'publish')]
+    + [(name, f'poolattn plot {name}') for name in ('curves', 'lambda', 'ablation')]
+    + [('cards', 'python -m timm_poolattn.hub'), ('readme', 'python -m timm_poolattn.report.readme_tables')]
+    + [('validate.py', 'poolattn run validate.py')],
+)
+def test_commands_of_old(old, new):
+    assert f'is `{new}` since 0.2.0' in fails(old, 'any', '--argument')
+
+
+def test_misspelt():
+    assert "unknown command 'valdate'; nearest: validate" in fails('valdate')
+    assert "No such command 'gtes'" in fails('bench', 'gtes')
+    assert "No such option '--modl'" in fails('predict', '--modl', 'x')
+
+
+def test_json_has_no_nan(capsys):
+    echo_json(dict(a=[math.nan, 1.5, (math.inf,)], b={'c': -math.inf}))
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == dict(a=[None, 1.5, [None]], b={'c': None})
+
+
+def test_interrupted(monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('timm_poolattn.report.model_list.list_models', interrupt)
+    assert run('list', code=130).output == 'interrupted\n'
+
+
+def test_broken_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, 'w') as out:
+        command = [sys.executable, '-m', 'timm_poolattn', 'list']
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == '' and done.returncode == 1

@@ -1,4 +1,4 @@
-"""python -m timm_poolattn SCRIPT.py: scripts of timm's, and others, with our models registered."""
+"""poolattn run SCRIPT.py: scripts of timm's, and others, with our models registered."""
 
 import csv
 import json
@@ -50,9 +50,9 @@ def test_any_script(tmp_path):
 
 
 def test_mistakes_end_in_one_line(tmp_path):
-    assert run('nowhere.py', cwd=tmp_path, code=2).stderr.startswith('Error: no file nowhere.py; usage: ')
-    done = run(cwd=tmp_path, code=2)
-    assert done.stderr.startswith('Error: no script given') and len(done.stderr.splitlines()) == 1
+    for args, message in (('nowhere.py',), 'nowhere.py: no such file'), ((), "Missing argument 'SCRIPT'"):
+        done = run(*args, cwd=tmp_path, code=2)
+        assert done.stderr.startswith(f'Error: {message}') and len(done.stderr.splitlines()) == 1
 
 
 def test_timms_validate(timm_script, image_folder, tmp_path):

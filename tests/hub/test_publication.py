@@ -370,23 +370,23 @@ class TestCommandLine:
             assert TOKEN not in result.output
             return result
 
-        result = run('publish', NAME, '--org', 'org')
+        result = run('hub', 'publish', NAME, '--org', 'org')
         assert result.exit_code == 0 and f'published           {REPO}' in result.output
-        result = run('verify', f'hf-hub:{REPO}')
+        result = run('hub', 'verify', f'hf-hub:{REPO}')
         assert result.exit_code == 0 and result.stdout.count('ok  ') == 7
         monkeypatch.setenv('TIMM_POOLATTN_HUB_ORG', 'theirs')
-        result = run('publish', NAME)
+        result = run('hub', 'publish', NAME)
         assert result.exit_code == 1 and 'failed' in result.output and '[403]' in result.output
-        result = run('publish')
+        result = run('hub', 'publish')
         assert result.exit_code == 2 and 'name the releases to publish, or take --all of them' in result.output
-        result = run('verify', 'hf-hub:org/nothing')
+        result = run('hub', 'verify', 'hf-hub:org/nothing')
         assert result.exit_code == 2 and 'org/nothing' in result.output and 'is not published' in result.output
 
     def test_a_killed_process_is_completed_by_the_next(self, hub, folder, tmp_path):
         """Real processes, their settings from the environment: one is killed while it uploads, one goes on."""
         env = {**os.environ, 'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_DISABLE_XET': '1'}
         del env['HF_HUB_OFFLINE']
-        command = [sys.executable, '-m', 'timm_poolattn', 'publish', NAME, '--org', 'org']
+        command = [sys.executable, '-m', 'timm_poolattn', 'hub', 'publish', NAME, '--org', 'org']
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         hub.before = lambda method, path: process.send_signal(signal.SIGKILL) if 'lfs/verify' in path else None
         output, _ = process.communicate()

@@ -161,7 +161,7 @@ def test_what_is_no_model(hub, other):
         assert result.exit_code == 2 and 'cannot be loaded: Unknown model (resnet9000)' in result.output
     (other / 'config.json').write_text(json.dumps(config))
     (other / 'model.safetensors').write_bytes(b'nothing')
-    with pytest.raises(ValueError, match=r'cannot be loaded: .*`poolattn verify local-dir:'):
+    with pytest.raises(ValueError, match=r'cannot be loaded: .*`poolattn hub verify local-dir:'):
         load_pretrained(f'local-dir:{other}')
 
 

@@ -62,14 +62,14 @@ def test_a_sound_release(target):
 
 
 def test_command_line(other):
-    result = CliRunner().invoke(main, ['verify', str(other)])
+    result = CliRunner().invoke(main, ['hub', 'verify', str(other)])
     assert result.exit_code == 0 and [line.split()[:2] for line in result.output.splitlines()] == [
         ['ok', name] for name in CHECKS
     ]
     (other / 'pytorch_model.bin').touch()
-    result = CliRunner().invoke(main, ['verify', str(other), '--json'])
+    result = CliRunner().invoke(main, ['hub', 'verify', str(other), '--json'])
     assert result.exit_code == 1 and json.loads(result.output)[-1]['ok'] is False
-    result = CliRunner().invoke(main, ['verify', 'resnet20_sam'])
+    result = CliRunner().invoke(main, ['hub', 'verify', 'resnet20_sam'])
     assert result.exit_code == 2 and "unknown release 'resnet20_sam'; choose from " in result.output
 
 

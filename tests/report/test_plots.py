@@ -62,19 +62,21 @@ class TestCurves:
     def test_command(self, run_dir, tmp_path):
         out = tmp_path / 'curves.svg'
         folder = released()['resnet20_fa.cifar10']
-        assert run('curves', run_dir, folder, folder / 'results.json', '-o', out).stdout.endswith(f'3 runs: {out}\n')
+        assert run('plot', 'curves', run_dir, folder, folder / 'results.json', '-o', out).stdout.endswith(
+            f'3 runs: {out}\n'
+        )
         assert out.read_text().count('<svg') == 1
 
     def test_mistakes(self, run_dir, tmp_path):
         out = tmp_path / 'curves.png'
-        assert 'no summary.csv and no results.json in it' in fails('curves', run_dir, run_dir.parent, '-o', out)
-        assert 'no such folder or results file' in fails('curves', tmp_path / 'nowhere', '-o', out)
+        assert 'no summary.csv and no results.json in it' in fails('plot', 'curves', run_dir, run_dir.parent, '-o', out)
+        assert 'no such folder or results file' in fails('plot', 'curves', tmp_path / 'nowhere', '-o', out)
         (tmp_path / 'x.json').write_text('[]')
-        assert 'not a results.json' in fails('curves', tmp_path / 'x.json', '-o', out)
-        assert 'a figure is .png, .svg or .pdf' in fails('curves', run_dir, '-o', tmp_path / 'x.docx')
+        assert 'not a results.json' in fails('plot', 'curves', tmp_path / 'x.json', '-o', out)
+        assert 'a figure is .png, .svg or .pdf' in fails('plot', 'curves', run_dir, '-o', tmp_path / 'x.docx')
         with open(run_dir / 'summary.csv', 'w') as f:
             csv.writer(f).writerow(['epoch', 'train_loss', 'lr'])
-        assert 'no epoch of this run has ended yet' in fails('curves', run_dir, '-o', out)
+        assert 'no epoch of this run has ended yet' in fails('plot', 'curves', run_dir, '-o', out)
         assert not out.exists()
 
 
@@ -86,10 +88,12 @@ class TestLambda:
         assert len(values) == 27 and values['0.0'] == 0.5 and values['1.4'] == pytest.approx(0.8)
 
     def test_command(self, tmp_path):
-        run('lambda', 'resnet20_spem', '-o', tmp_path / 'lambda.png')
+        run('plot', 'lambda', 'resnet20_spem', '-o', tmp_path / 'lambda.png')
         with Image.open(tmp_path / 'lambda.png') as image:
             assert image.width > 500
-        assert 'resnet20_fa: CifarResNet has no SPEM gates' in fails('lambda', 'resnet20_fa', '-o', tmp_path / 'x.png')
+        assert 'resnet20_fa: CifarResNet has no SPEM gates' in fails(
+            'plot', 'lambda', 'resnet20_fa', '-o', tmp_path / 'x.png'
+        )
 
 
 def result(model, top1, tag='cifar10', seed=0, **gate_kwargs):
@@ -136,13 +140,13 @@ class TestAblation:
             folder.mkdir()
             (folder / 'results.json').write_text(json.dumps(result(f'resnet20_saam{k if k > 1 else ""}', 90 + k)))
         out = tmp_path / 'paths.png'
-        run('ablation', 'paths', tmp_path / '1', tmp_path / '2' / 'results.json', '-o', out)
+        run('plot', 'ablation', 'paths', tmp_path / '1', tmp_path / '2' / 'results.json', '-o', out)
         assert Image.open(out).width > 500
 
     @pytest.mark.parametrize('name', ['lambda', 'paths'])
     def test_too_few_runs(self, name, tmp_path, monkeypatch):
         monkeypatch.setattr('timm_poolattn.report.plots.load_results', lambda: [])
-        message = fails('ablation', name, '-o', tmp_path / 'x.png')
+        message = fails('plot', 'ablation', name, '-o', tmp_path / 'x.png')
         assert 'make them with poolattn train --recipe' in message
-        assert 'no such file' in fails('ablation', name, tmp_path / 'nowhere', '-o', tmp_path / 'x.png')
+        assert 'no such file' in fails('plot', 'ablation', name, tmp_path / 'nowhere', '-o', tmp_path / 'x.png')
         assert not list(tmp_path.iterdir())

@@ -1,0 +1,49 @@
+"""What commands share: options, and how to print."""
+
+import json
+import math
+from importlib.util import find_spec
+from typing import Any
+
+import click
+
+from ..utils import UserError, look_up_device
+
+json_option = click.option('--json', 'as_json', is_flag=True, help='Print JSON.')
+#: Looked up before the command begins.
+device_option = click.option(
+    '--device',
+    callback=lambda ctx, param, name: str(look_up_device(name)),
+    help='Default: cuda where there is one, else cpu.',
+)
+data_dir_option = click.option(
+    '--data-dir', required=True, type=click.Path(), help="A folder or tar by class, or --dataset's root."
+)
+dataset_option = click.option(
+    '--dataset', default='', help='torch/cifar10 or torch/cifar100. Default: a folder or a tar.'
+)
+split_option = click.option('--split', default='test', show_default=True)
+
+
+def require(extra: str, *modules: str) -> None:
+    """Refuse a command whose extra is not installed.
+
+    Raises:
+        UserError: one of `modules` is missing; the message says what to install.
+    """
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise UserError(f"this needs {', '.join(missing)}: pip install 'timm_poolattn[{extra}]'")
+
+
+def echo_json(value: Any) -> None:
+    """Print `value` as JSON, which has no NaN and no infinity: null stands for them."""
+    click.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
