@@ -162,7 +162,7 @@ def evaluate(
     model.to(device).eval()
     top1, top5, loss = AverageMeter(), AverageMeter(), AverageMeter()
     confidences, hits = [], []
-    for input, target in tqdm(loader, desc='evaluating', unit='batch', delay=1):
+    for input, target in tqdm(loader, desc='evaluating', unit='batch', delay=1, disable=None):
         output = model(input)
         acc1, acc5 = accuracy(output, target, topk=(1, 5))
         for meter, value in ((top1, acc1), (top5, acc5), (loss, F.cross_entropy(output, target))):

@@ -1,5 +1,7 @@
 import csv
 import json
+import re
+import shutil
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ from timm_poolattn.models import released
 from timm_poolattn.report.plots import (
     ablation_figure,
     ablation_points,
+    curves,
     curves_figure,
     learned_lambda,
     read_curve,
@@ -67,6 +70,26 @@ class TestCurves:
         )
         assert out.read_text().count('<svg') == 1
 
+    def test_the_legend_tells_runs_apart(self, run_dir, tmp_path):
+        """By the shortest ends of their paths, whatever the names hold, and by colour and mark."""
+        folders = [tmp_path / name for name in ('a/x/run', 'b/x/run', '_$x_$', *map(str, range(9)))]
+        for folder in folders:
+            shutil.copytree(run_dir, folder)
+        out = tmp_path / 'curves.svg'
+        curves([*folders, folders[0] / 'summary.csv'], out)
+        figure = curves_figure({name: read_curve(run_dir) for name in ('_$x_$', *'abcdefghijk')})
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()][:2] == [r'_\$x_\$', 'a']
+        drawn = {(line.get_color(), line.get_marker()) for line in legend.get_lines()[:-2]}
+        assert len(drawn) == 12
+        says = re.findall(r'<!-- (.*?) -->', out.read_text())
+        assert {'a/x/run', 'b/x/run', '0', '8'} <= set(says) and 'test set' in says
+
+    def test_one_epoch_is_a_point_that_shows(self, run_dir):
+        figure = curves_figure({name: read_curve(run_dir)[3:] for name in 'ab'})
+        lines = figure.axes[0].get_lines()
+        assert {line.get_marker() for line in lines} == {'o', 's'} and {line.get_mfc() for line in lines} == {'none'}
+
     def test_mistakes(self, run_dir, tmp_path):
         out = tmp_path / 'curves.png'
         assert 'no summary.csv and no results.json in it' in fails('plot', 'curves', run_dir, run_dir.parent, '-o', out)
@@ -74,6 +97,12 @@ class TestCurves:
         (tmp_path / 'x.json').write_text('[]')
         assert 'not a results.json' in fails('plot', 'curves', tmp_path / 'x.json', '-o', out)
         assert 'a figure is .png, .svg or .pdf' in fails('plot', 'curves', run_dir, '-o', tmp_path / 'x.docx')
+        of_run = dict(model='x', tag='cifar10', test={}, arguments={})
+        for curve in (5, [5], [dict(loss=1.0)], [dict(epoch='one')]):
+            (tmp_path / 'x.json').write_text(json.dumps(dict(of_run, curve=curve)))
+            assert 'not one of numbers by epoch' in fails('plot', 'curves', tmp_path / 'x.json', '-o', out)
+        (tmp_path / 'x.json').write_text(json.dumps(dict(of_run, curve=[dict(epoch=0)])))
+        assert 'no accuracy, loss or learning rate' in fails('plot', 'curves', tmp_path / 'x.json', '-o', out)
         with open(run_dir / 'summary.csv', 'w') as f:
             csv.writer(f).writerow(['epoch', 'train_loss', 'lr'])
         assert 'no epoch of this run has ended yet' in fails('plot', 'curves', run_dir, '-o', out)
@@ -112,7 +141,9 @@ class TestAblation:
         (ax,) = ablation_figure('lambda', points).axes
         drawn = {container.get_label(): container.lines[0] for container in ax.containers}
         assert list(drawn['resnet164, 164 epochs'].get_ydata()) == [pytest.approx(93.2), 93.3, 93.5]
-        assert list(drawn['resnet164, paper'].get_xdata()) == [0.1, 0.3, 0.5, 0.7, 0.9]
+        places = [list(line.get_xdata()) for line in drawn.values()]
+        assert [round(x, 1) for x in drawn['resnet164, paper'].get_xdata()] == [0.1, 0.3, 0.5, 0.7, 0.9]
+        assert not set(places[0]) & set(places[1])  # aside, so that no point covers another
         assert list(drawn['resnet164, paper'].get_ydata()) == [94.32, 93.96, 94.67, 94.72, 94.33]  # Table 3
 
     def test_paths(self):

@@ -13,6 +13,7 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 
 from ..layers import CBAM, SAAM, SGE, SPEM, SRM, FocusAssociation, IdentityInit
+from ..utils import UserError
 
 
 def _factor(out: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -139,13 +140,11 @@ def attention_trace(model: nn.Module, x: torch.Tensor) -> dict[str, dict[str, An
         Where a skipped block or stage kept a gate from running, its floats are NaN and its integers -1.
 
     Raises:
-        ValueError: a model without gates.
+        UserError: a model without gates.
     """
     gates = find_gates(model)
     if not gates:
-        raise ValueError(
-            f'{type(model).__name__} has no gates to trace; timm_poolattn.insert(model, gate) puts some in'
-        )
+        raise UserError(f'{type(model).__name__} has no gates to trace; timm_poolattn.insert(model, gate) puts some in')
     labels = {
         name: next(_READERS[kind] for kind in type(gate).__mro__ if kind in _READERS) for name, gate in gates.items()
     }

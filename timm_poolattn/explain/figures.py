@@ -127,6 +127,18 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
+def check_suffix(path: str | Path) -> Path:
+    """The path of a figure.
+
+    Raises:
+        UserError: a suffix that no figure has.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in ('.png', '.svg', '.pdf'):
+        raise UserError(f'{path}: a figure is .png, .svg or .pdf')
+    return path
+
+
 def save(figure: Figure, path: str | Path, **kwargs) -> Path:
     """Write a figure as PNG, SVG or PDF by its suffix, whole or not at all.
 
@@ -138,9 +150,7 @@ def save(figure: Figure, path: str | Path, **kwargs) -> Path:
     Raises:
         UserError: another suffix, or a `path` that cannot be written.
     """
-    path = Path(path)
-    if path.suffix.lower() not in ('.png', '.svg', '.pdf'):
-        raise UserError(f'{path}: a figure is .png, .svg or .pdf')
+    path = check_suffix(path)
     with replacing(path) as temp:
         figure.savefig(temp, dpi=130, facecolor='white', format=path.suffix[1:].lower(), **kwargs)
     return path

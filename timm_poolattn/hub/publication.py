@@ -105,7 +105,7 @@ def publish(
     if quiet:
         disable_progress_bars()  # those of several uploads would mix
     try:
-        with tqdm(total=len(_STEPS) * len(folders), desc='publishing', unit='step') as bar:
+        with tqdm(total=len(_STEPS) * len(folders), desc='publishing', unit='step', disable=None) as bar:
             pool = ThreadPoolExecutor(workers)
             try:
                 return list(pool.map(run, folders))

@@ -4,6 +4,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from ..explain.attention import block_label
-from ..explain.figures import lambda_axes, save
+from ..explain.figures import check_suffix, lambda_axes, plain_text, save
 from ..inference import load_pretrained
 from ..layers import SPEM
 from ..papers import model_args, table_rows
 from ..training import read_curve as read_run_curve
-from ..utils import MissingFileError, UserError
+from ..utils import MissingFileError, UserError, look_up
 from .results import load_results, read_results
 
 #: Okabe and Ito's colours, which people of any colour vision tell apart.
 _COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000')
+_MARKS = ('o', 's', '^', 'D', 'v', 'p', '*', 'X', '<', '>', 'h')
 _DATA_NAMES = dict(cifar10='CIFAR-10', cifar100='CIFAR-100')
 
 
@@ -38,18 +40,45 @@ def read_curve(run: str | Path) -> list[dict[str, float]]:
     if not file.is_file():
         what = 'no summary.csv and no results.json in it' if run.is_dir() else 'no such folder or results file'
         raise MissingFileError(f'{run}: {what}; `poolattn train` prints the folder of its run')
-    curve = read_run_curve(run) if file.suffix == '.csv' else read_results(file)['curve']
+    curve = read_run_curve(file.parent) if file.name == 'summary.csv' else read_results(file)['curve']
+    try:
+        curve = [{k: float(v) for k, v in row.items() if v is not None} for row in curve]
+        if any('epoch' not in row for row in curve):
+            raise ValueError('an epoch without its number')
+    except (AttributeError, TypeError, ValueError) as e:
+        raise UserError(f'{file}: its curve is not one of numbers by epoch ({e})') from None
     if not curve:
         raise UserError(f'{run}: no epoch of this run has ended yet')
     return curve
 
 
 def curves(runs: Sequence[str | Path], out: str | Path) -> Path:
-    """Draw the curves of runs (see `read_curve`) on shared axes into `out`, a PNG, SVG or PDF file."""
-    paths = [Path(run).resolve() for run in runs]
-    names = [path.stem if path.suffix == '.json' and path.is_file() else path.name for path in paths]
-    labels = [n if names.count(n) == 1 else f'{p.parent.name}/{n}' for n, p in zip(names, paths, strict=True)]
-    return save(curves_figure({label: read_curve(run) for label, run in zip(labels, runs, strict=True)}), out)
+    """Draw the curves of runs (see `read_curve`) on shared axes into `out`, a PNG, SVG or PDF file.
+
+    Raises:
+        MissingFileError, UserError: as `read_curve` and `save`.
+    """
+    check_suffix(out)
+    read = {_place(run): read_curve(run) for run in runs}
+    return save(curves_figure(dict(zip(_labels(list(read)), read.values(), strict=True))), out)
+
+
+def _place(run: str | Path) -> Path:
+    """What names a run: its folder, or the results file of one that has none."""
+    path = Path(run).resolve()
+    return path.parent if path.name in ('results.json', 'summary.csv') else path
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of `paths` that no other of them has."""
+    labels = []
+    for path in paths:
+        for count in range(1, len(path.parts) + 1):
+            end = path.parts[-count:]
+            if sum(other.parts[-count:] == end for other in paths) == 1:
+                break
+        labels.append(str(Path(*end)))
+    return labels
 
 
 def curves_figure(runs: dict[str, list[dict[str, float]]]) -> Figure:
@@ -65,25 +94,30 @@ def curves_figure(runs: dict[str, list[dict[str, float]]]) -> Figure:
         (r'SPEM: sum of $p_0^2 + p_1^2$', [('train_penalty', '-')]),
         (r'SPEM: mean $\lambda$ of the blocks', [('train_mean_lambda', '-')]),
     ]
+    # a colour and a hollow mark of its own for each run: of curves that cover one another, the marks still show
+    looks = [
+        dict(
+            color=_COLOURS[i % len(_COLOURS)],
+            lw=1.4,
+            marker=_MARKS[i % len(_MARKS)],
+            mfc='none',
+            markevery=(0.02 * (i % 5), 0.1),
+        )
+        for i in range(len(runs))
+    ]
     panels = [p for p in panels if any(p[1][0][0] in row for curve in runs.values() for row in curve)]
+    if not panels:
+        raise UserError(f'{", ".join(runs)}: no accuracy, loss or learning rate to draw')
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.1 * rows + 0.3 * len(runs)), layout='constrained')
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
     for ax, (title, fields) in zip(axes, panels, strict=False):
-        for i, curve in enumerate(runs.values()):
+        for curve, look in zip(runs.values(), looks, strict=True):
             for field, style in fields:
                 points = [(row['epoch'], row[field]) for row in curve if field in row]
                 points = [(x, 100 - y if field == 'eval_top1' else y) for x, y in points]
-                marker = 'o' if len(points) == 1 else None
-                ax.plot(
-                    [x for x, _ in points],
-                    [y for _, y in points],
-                    style,
-                    color=_COLOURS[i % len(_COLOURS)],
-                    lw=1.4,
-                    marker=marker,
-                )
+                ax.plot([x for x, _ in points], [y for _, y in points], style, **look)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel('epoch')
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -91,7 +125,7 @@ def curves_figure(runs: dict[str, list[dict[str, float]]]) -> Figure:
         ax.grid(alpha=0.3)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
-    handles = [Line2D([], [], color=_COLOURS[i % len(_COLOURS)], label=name) for i, name in enumerate(runs)]
+    handles = [Line2D([], [], label=plain_text(name), **look) for name, look in zip(runs, looks, strict=True)]
     styles = [Line2D([], [], color='grey', ls=s, label=n) for s, n in (('-', 'test set'), (':', 'training'))]
     figure.legend(
         handles=handles + styles, loc='outside upper center', ncols=min(columns + 2, len(handles) + 2), frameon=False
@@ -103,11 +137,11 @@ def learned_lambda(model: nn.Module) -> dict[str, float]:
     """lambda of each SPEM gate (Eq. 3), by stage and block.
 
     Raises:
-        ValueError: the model has no SPEM gates.
+        UserError: the model has no SPEM gates.
     """
     values = {block_label(n): m.pool_lambda().item() for n, m in model.named_modules() if isinstance(m, SPEM)}
     if not values:
-        raise ValueError(f'{type(model).__name__} has no SPEM gates, and so no lambda; *_spem models have')
+        raise UserError(f'{type(model).__name__} has no SPEM gates, and so no lambda; *_spem models have')
     return values
 
 
@@ -119,14 +153,16 @@ def draw_lambda(name: str, out: str | Path) -> Path:
         out: a PNG, SVG or PDF file.
 
     Raises:
-        ValueError: as `load_pretrained`; a model without SPEM gates.
+        UserError: as `load_pretrained` and `save`; a model without SPEM gates.
     """
+    check_suffix(out)
+    model = load_pretrained(name)
     try:
-        values = learned_lambda(load_pretrained(name))
-    except ValueError as e:
-        raise ValueError(f'{name}: {e}') from None
+        values = learned_lambda(model)
+    except UserError as e:
+        raise UserError(f'{name}: {e}') from None
     figure = Figure(figsize=(max(6, min(14, 0.28 * len(values))), 3), layout='constrained')
-    figure.suptitle(name)
+    figure.suptitle(plain_text(name))
     lambda_axes(figure.subplots(), list(values), list(values.values()))
     return save(figure, out)
 
@@ -192,15 +228,17 @@ def ablation(name: str, out: str | Path, results: Sequence[str | Path] = ()) -> 
         results: release folders or results files, besides those that the package has.
 
     Raises:
-        FileNotFoundError: no results there.
-        ValueError: no two runs that differ in this alone.
+        MissingFileError: no results there.
+        UserError: an unknown `name`; no two runs that differ in this alone; as `read_results` and `save`.
     """
+    look_up('ablation', name, ABLATIONS)
+    check_suffix(out)
     known, given = load_results(), [read_results(path) for path in results]
     ours = ablation_points(name, [*known, *(r for r in given if r not in known)])
     if not any(ours.values()):
-        raise ValueError(
+        raise UserError(
             f'accuracy against {name} needs runs that differ in it alone, and there are no two; make them with'
-            f' {ABLATIONS[name][3]}, lay each out with `poolattn release RUN --tag DATA --out DIR`, and name these'
+            f' {ABLATIONS[name][3]}, lay each out with `poolattn hub release RUN --tag DATA --out DIR`, and name these'
         )
     return save(ablation_figure(name, ours), out)
 
@@ -218,14 +256,17 @@ def ablation_figure(name: str, ours: dict[str, dict[str, dict[float | str, list[
     for ax, data in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         series = {**papers.get(data, {}), **ours[data]}
         backbones = list(dict.fromkeys(label.partition(',')[0] for label in series))
-        for label, values in series.items():
+        steps = sorted({x for values in series.values() for x in values if x != 'learned'})
+        aside = 0.04 * min((b - a for a, b in pairwise(steps)), default=0)  # so that no point covers another
+        for i, (label, values) in enumerate(series.items()):
             style = '--' if label in papers.get(data, {}) else '-'
             colour = _COLOURS[backbones.index(label.partition(',')[0]) % len(_COLOURS)]
             xs = sorted(x for x in values if x != 'learned')
             means = [statistics.mean(values[x]) for x in xs]
             spread = [statistics.stdev(values[x]) if len(values[x]) > 1 else 0 for x in xs]
             hollow = 'white' if style == '--' else colour
-            ax.errorbar(xs, means, spread, ls=style, color=colour, marker='o', mfc=hollow, capsize=3, label=label)
+            places = [x + aside * (i - (len(series) - 1) / 2) for x in xs]
+            ax.errorbar(places, means, spread, ls=style, color=colour, marker='o', mfc=hollow, capsize=3, label=label)
             if 'learned' in values:
                 learned = statistics.mean(values['learned'])
                 ax.axhline(learned, ls=style, lw=1, color=colour)
