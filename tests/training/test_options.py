@@ -9,8 +9,7 @@ import torch
 import yaml
 from timm.utils import NativeScaler
 
-from timm_poolattn.training import PenaltyTask, read_curve, train
-from timm_poolattn.training.runner import recipes
+from timm_poolattn.training import PenaltyTask, read_curve, recipes, train
 
 HELD = '40 images of 32x32 held on cpu'
 
@@ -23,9 +22,7 @@ def checkpoint(run, name='last'):
 def run_train(train_script, data, output, *options, **kwargs):
     argv = ['--data-dir', data, '--output', output, '--experiment', 'run', '--model', 'resnet20_spem.cifar10', '-b', 16]
     argv += ['--epochs', 1, '--warmup-epochs', 0, '--lr', 0.05, '--opt', 'momentum', '--log-interval', 1, *options]
-    run = train(list(map(str, argv)), timm_script=train_script, **kwargs)
-    assert run == output / 'run'
-    return run
+    return train(list(map(str, argv)), timm_script=train_script, **kwargs)
 
 
 @pytest.fixture
@@ -67,7 +64,7 @@ def test_penalty_is_in_a_distillations_loss(run):
     """p moves by Eq. 8's gradient alone while gamma is 0: the first update is lr * 2 eta p in every task."""
     options = ['-b', 40, '--weight-decay', 0, '--kd-model-name', 'resnet20_saam.cifar10']
     for kind in ('logit', 'feature'):
-        state = checkpoint(run(*options, '--kd-distill-type', kind), 'last')
+        state = checkpoint(run(*options, '--kd-distill-type', kind, '--experiment', kind))
         for name, weight in state['state_dict'].items():
             if name.endswith('gate.p'):
                 torch.testing.assert_close(weight, torch.full((2,), 0.5 - 0.05 * 0.1), rtol=1e-5, atol=0)
@@ -112,7 +109,7 @@ def test_initial_checkpoint(run, tmp_path):
     first = checkpoint(run())['state_dict']
     start = tmp_path / 'start.pth.tar'
     (tmp_path / 'run' / 'last.pth.tar').rename(start)
-    folder = run('--initial-checkpoint', start, '--lr', 1e-9)
+    folder = run('--initial-checkpoint', start, '--lr', 1e-9, '--experiment', 'other')
     assert json.loads((folder / 'run.json').read_text())['arguments']['initial_checkpoint'] == 'start.pth.tar'
     state = checkpoint(folder)['state_dict']
     torch.testing.assert_close(state['conv1.weight'], first['conv1.weight'], rtol=0, atol=1e-6)
@@ -193,5 +190,5 @@ class TestRecipe:
         assert record['arguments']['weight_decay'] == recipe['weight_decay'] and record['arguments']['epochs'] == 1
 
     def test_unknown(self, run):
-        with pytest.raises(ValueError, match=r"no recipe 'x'; choose from .*cpu-short, "):
+        with pytest.raises(ValueError, match=r"unknown recipe 'x'; choose from .*cpu-short, "):
             run(recipe='x')

@@ -1,6 +1,6 @@
 from . import cifar_resnext  # noqa: F401  registers, and has no class of its own
 from ._pretrained import HUB_ORG, HubError, data_sha256, hub_errors, hub_org, redact
-from ._registry import hub_configs_dir, no_weights, release_args, released
+from ._registry import FAMILIES, check_model_name, hub_configs_dir, no_weights, release_args, released
 from ._stage import set_skip_threshold
 from .cifar_inception_v4 import CifarInceptionV4
 from .cifar_resnet import CifarResNet
@@ -9,9 +9,6 @@ from .counting import multiply_adds
 from .gated_resnet import FaResNet, GatedResNet
 from .hub_format import save_model, tidy_config
 from .insertion import insert, remove
-
-#: Modules of models, as timm.list_models(module=...) names them.
-FAMILIES = ('cifar_inception_v4', 'cifar_resnet', 'cifar_resnext', 'cifar_vgg', 'gated_resnet')
 
 __all__ = [
     'FAMILIES',
@@ -22,6 +19,7 @@ __all__ = [
     'FaResNet',
     'GatedResNet',
     'HubError',
+    'check_model_name',
     'data_sha256',
     'hub_configs_dir',
     'hub_errors',

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import timm
 from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
 from ..papers import DATASETS
-from ..utils import UserError
+from ..utils import UserError, look_up
 from ._pretrained import HUB_ORG, fetch_weights, hub_org
 
+#: Modules of models, as timm.list_models(module=...) names them.
+FAMILIES = ('cifar_inception_v4', 'cifar_resnet', 'cifar_resnext', 'cifar_vgg', 'gated_resnet')
 #: Arguments that say what a model is for, not how it is built. timm reads them from elsewhere in a config.json.
 _HEAD_ARGS = ('in_chans', 'num_classes')
 
@@ -94,6 +97,19 @@ def no_weights(name: str) -> UserError:
     tags = [other for other in near if other.partition('.')[0] == arch]
     found = f'it has them as {", ".join(tags)}' if tags else f'near models have: {", ".join(near[:3]) or "none"}'
     return UserError(f'{name} has no weights yet; {found}. `poolattn list --trained` shows all')
+
+
+def check_model_name(name: str) -> str:
+    """Return `name`, tagged or not, if timm or we have such a model; what a Hub or a folder holds is timm's to resolve.
+
+    Raises:
+        UserError: there is none; the message names the nearest, ours first.
+    """
+    if ':' in name or name in (known := timm.list_models(include_tags='.' in name)):
+        return name
+    ours = timm.list_models(module=FAMILIES, include_tags='.' in name)
+    near = bool(difflib.get_close_matches(name, ours))
+    return look_up('model', name, ours if near else known, '`poolattn list` shows ours')
 
 
 def register_models(module: str, create: Callable[..., nn.Module], model_args: dict[str, dict[str, Any]]) -> None:

@@ -1,7 +1,8 @@
+from .arguments import recipes
 from .finetuning import Finetuned, finetune
 from .penalty import PenaltyTask, with_penalty
 from .recovery import RunStopped, newest_checkpoint
-from .runner import recipes, train
+from .runner import train
 from .runs import Run, read_curve, read_run
 from .timm_script import find_train_script
 from .warm_starts import warm_start

@@ -7,15 +7,19 @@ import random
 import shutil
 import signal
 import threading
-import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from timm.models import clean_state_dict
 from timm.task import TrainingTask
 from timm.utils import random_seed
+from torch import nn
+
+from ..utils import MissingFileError, UserError
+from .runs import read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -26,20 +30,33 @@ class RunStopped(RuntimeError):
     """A run that cannot go on; the message says where it stopped, why, and what to do."""
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """Refuse a checkpoint that is missing or damaged.
+def check_checkpoint(path: str | Path, model: nn.Module | None = None) -> None:
+    """Refuse a checkpoint that a run cannot go on from.
+
+    Args:
+        path: given by --resume.
+        model: what it must be of.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it was cut short or changed; the message offers the newest whole one beside it.
+        MissingFileError: it is missing.
+        UserError: it was cut short or changed (the message offers the newest whole one beside it), is none of
+            train.py's, or of another model.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f'--resume: no file {path}')
+        raise MissingFileError(f'--resume: no file {path}')
     if not _is_whole(path):
         offer = newest_checkpoint(path.parent)
         offer = f'the newest whole one is {offer}' if offer else 'no other in its folder is whole'
-        raise ValueError(f'--resume: {path} is damaged: it was cut short or changed; {offer}')
+        raise UserError(f'--resume: {path} is damaged: it was cut short or changed; {offer}')
+    if model is not None:
+        saved = {name: w.shape for name, w in clean_state_dict(read_checkpoint(path)['state_dict']).items()}
+        own = {name: w.shape for name, w in model.state_dict().items()}
+        if differing := sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name)):
+            raise UserError(
+                f'--resume: {path} is of another model: {len(differing)} tensors differ, as {differing[0]} does; give'
+                f' the --model and --num-classes that it was trained with'
+            )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -56,12 +73,6 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _while_saving(e: Exception) -> bool:
-    # torch's writer loses the errno, so a full disk is known by where it happened
-    frames = (frame.f_globals['__name__'] for frame, _ in traceback.walk_tb(e.__traceback__))
-    return getattr(e, 'errno', None) in _DISK_FULL or 'timm.utils.checkpoint_saver' in frames
-
-
 class Guard:
     """Stands around the epochs of timm's train.py.
 
@@ -71,12 +82,14 @@ class Guard:
 
     Args:
         seed: train.py's.
-        rank: of this process. Default: 0.
+        rank: of this process.
+        on_save: called whenever a checkpoint has been saved.
     """
 
-    def __init__(self, seed: int, rank: int = 0) -> None:
+    def __init__(self, seed: int, rank: int = 0, on_save: Callable[[], None] = lambda: None) -> None:
         self.seed = seed
         self.rank = rank
+        self.on_save = on_save
         self.epoch = self.update = 0
         self.saver = None  # train.py's, which the primary process alone has
         self.training = False
@@ -86,7 +99,11 @@ class Guard:
         """train.py's train_one_epoch, guarded."""
 
         def guarded(epoch: int, model, loader, optimizer, *args, task: TrainingTask, saver=None, **kwargs):
-            self.epoch, self.update, self.saver, self.training = epoch, 0, saver, True
+            self.epoch, self.update, self.training = epoch, 0, True
+            if saver and not self.saver:
+                self.saver = saver
+                saver.save_checkpoint = self._named(saver.save_checkpoint)
+                saver.save_recovery = self._named(saver.save_recovery)
             random_seed(random.Random(f'{self.seed}/{epoch}').getrandbits(31), self.rank)
             losses = []
             hook = task.register_forward_hook(lambda task, args, result: losses.append(result['loss'].detach().clone()))
@@ -134,19 +151,35 @@ class Guard:
         before = signal.signal(signal.SIGINT, interrupt) if in_main_thread else None
         try:
             yield
-        except (OSError, RuntimeError) as e:
-            if not self.saver or not _while_saving(e):
+        except OSError as e:  # of the row in summary.csv
+            if not self.saver or e.errno not in _DISK_FULL:
                 raise
-            for leftover in self._folder().glob('*tmp.pth.tar'):
-                leftover.unlink()
-            free = shutil.disk_usage(self._folder()).free / 1e9
-            raise RunStopped(
-                f'epoch {self.epoch} could not be saved, with {free:.3f} GB free on its disk'
-                f' ({str(e).splitlines()[0]}).{self._resume_from()}'
-            ) from e
+            raise self._not_saved(e) from e
         finally:
             if in_main_thread:
                 signal.signal(signal.SIGINT, before)
+
+    def _named(self, save: Callable) -> Callable:
+        """A method of the saver, whose failure says what is lost: torch's writer has no errno of a full disk."""
+
+        def saving(*args, **kwargs):
+            try:
+                result = save(*args, **kwargs)
+                self.on_save()
+                return result
+            except (OSError, RuntimeError, UserError) as e:
+                raise self._not_saved(e) from e
+
+        return saving
+
+    def _not_saved(self, e: Exception) -> RunStopped:
+        for leftover in self._folder().glob('*tmp.pth.tar'):
+            leftover.unlink()
+        free = shutil.disk_usage(self._folder()).free / 1e9
+        return RunStopped(
+            f'epoch {self.epoch} could not be saved, with {free:.3f} GB free on its disk'
+            f' ({str(e).splitlines()[0]}).{self._resume_from()}'
+        )
 
     def save_interrupted(self) -> str:
         """After Ctrl-C: save where it stopped, by timm's own recovery checkpoint; returns how to resume."""

@@ -1,31 +1,29 @@
 """Running timm's train.py with our models, loader and task. Whatever it does besides is timm's own."""
 
 import argparse
-import json
 import logging
 import math
 import os
-import platform
-import sys
-import time
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torchvision
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from timm.data import resolve_data_config
-from timm.models import get_pretrained_cfg, safe_model_name
+from timm.models import get_pretrained_cfg, load_checkpoint, safe_model_name
 from timm.task import TrainingTask
+from torch import nn
 
 from ..data import BatchErasing, ResidentDataset, ResidentLoader, list_classes, load_images
-from ..version import __version__
+from ..models import HubError
+from ..utils import UserError
+from .arguments import check_arguments, parse_arguments
 from .penalty import PenaltyMixin, with_penalty
-from .recovery import Guard, check_checkpoint
+from .records import Record, new_folder, own_folder
+from .recovery import Guard, check_checkpoint, newest_checkpoint
 from .runs import read_curve
 from .timm_script import find_train_script, load_train_script
 
@@ -39,14 +37,6 @@ _NEED_TIMM_LOADER = (
 )
 #: Arguments that say where something lies on one machine, not what was trained.
 _PLACES = ('data', 'data_dir', 'output', 'experiment', 'resume', 'initial_checkpoint', 'device', 'workers', 'pin_mem')
-
-
-def recipes() -> dict[str, Path]:
-    """The recipes by name: files for train.py's --config, from an installed package or a source checkout."""
-    package = Path(__file__).parent.parent
-    packaged = package / 'recipes'
-    folder = packaged if packaged.is_dir() else package.parent / 'train_scripts' / 'recipes'
-    return {path.stem: path for path in sorted(folder.glob('*.yaml'))}
 
 
 def train(
@@ -71,63 +61,165 @@ def train(
         crop_padding: see `ResidentLoader`. Default: an eighth of the image's side.
         penalty_weight: eta of `PenaltyMixin`. Default: 0.1.
 
-    The output folder gets, beside what timm writes, `run.json`: the recipe (the name of --config's file), the source
-    of a warm start, the arguments that are not train.py's defaults, seed, versions, hardware and wall time.
+    The output folder belongs to one run. It gets, beside what timm writes, `run.json`: the recipe (the name of
+    --config's file), the source of a warm start, the arguments that are not train.py's defaults, the classes, seed,
+    versions, hardware and wall time.
+
+    `--resume auto` goes on from the newest whole checkpoint in the folder of --experiment, if there is one.
 
     Raises:
-        FileNotFoundError, ValueError: as `find_train_script`, `load_images` and `check_checkpoint`, or no such recipe.
+        UserError: arguments that cannot be right, found before anything long is begun: a misspelt name, a missing or
+            foreign file, data that do not fit the model, a folder that holds another run.
         RunStopped: the loss is not finite, or the disk is full.
         KeyboardInterrupt: Ctrl-C; its message says what was saved and how to resume.
     """
-    if recipe is not None:
-        if recipe not in recipes():
-            raise ValueError(f'no recipe {recipe!r}; choose from {", ".join(recipes())}, or give --config FILE')
-        argv = ['--config', str(recipes()[recipe]), *argv]
     module = load_train_script(find_train_script(timm_script, allow_unpinned=allow_unpinned))
-    if not torch.cuda.is_available():
-        module.parser.set_defaults(device='cpu')  # timm's default is cuda
-    defaults = vars(module.parser.parse_args([]))
-    argv_before, sys.argv = sys.argv, ['train.py', *argv]
+    parsed = parse_arguments(module, argv, recipe)
+    args = parsed.args
+    check_arguments(args)
+    rank = int(os.environ.get('RANK', 0))
+    output, folder = Path(args.output or './output/train'), None
+    if args.experiment:
+        folder = output / args.experiment
+        if args.resume == 'auto':
+            args.resume = str(newest_checkpoint(folder) or '')
+    if args.resume:
+        check_checkpoint(args.resume)
+    resident = resident and _can_be_resident(args)
+    classes = _check_data(args) if resident else []
+    if folder is None and rank == 0:
+        folder = new_folder(output, safe_model_name(args.model))
+        args.experiment = folder.name
+    facts = {k: v for k, v in dict(recipe=parsed.recipe, warm_start=_warm_start(args)).items() if v}
+    facts['arguments'] = {k: v for k, v in parsed.given.items() if k not in _PLACES}
+    if args.initial_checkpoint:
+        facts['arguments']['initial_checkpoint'] = Path(args.initial_checkpoint).name
+    facts['options'] = dict(resident=resident, crop_padding=crop_padding, penalty_weight=penalty_weight)
     handlers_before = logging.root.handlers[:]  # main adds its own each time
-    try:
-        args, args_text = module._parse_args()
-        if args.resume and args.resume != 'auto':  # newer train.py's own way to find it
-            check_checkpoint(args.resume)
-        arguments = {k: v for k, v in vars(args).items() if v != defaults.get(k) and k not in _PLACES}
-        if args.initial_checkpoint:
-            arguments['initial_checkpoint'] = Path(args.initial_checkpoint).name
-        args.experiment = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
-        module._parse_args = lambda: (args, args_text)
+    with own_folder(folder, args.resume) if rank == 0 else nullcontext():
+        record = Record(folder, args.resume, args.device, seed=args.seed, **facts) if rank == 0 else None
+        guard = Guard(args.seed, rank, on_save=record.write if record else lambda: None)
+        note = partial(_note_classes, args, args.num_classes, record)
+        module._parse_args = lambda: (args, parsed.text)
+        module.create_model = partial(_create_model, args, module.create_model, note, classes)
         for name, task in list(vars(module).items()):
             if isinstance(task, type) and issubclass(task, TrainingTask):
                 setattr(module, name, partial(with_penalty(task), penalty_weight=penalty_weight))
-        guard = Guard(args.seed, rank=int(os.environ.get('RANK', 0)))
         module.train_one_epoch = guard.around(_with_epoch_metrics(module.train_one_epoch))
-        if resident and _can_be_resident(args):
-            module.create_dataset = partial(create_resident_dataset, args)
+        if resident:
+            module.create_dataset = partial(create_resident_dataset, args, note)
             module.create_loader = partial(create_resident_loader, crop_padding=crop_padding)
-        start = time.time()
-        with guard.watching():
-            module.main()
-    finally:
-        sys.argv, logging.root.handlers = argv_before, handlers_before
-    output = Path(args.output or './output/train', args.experiment)
-    if guard.rank == 0:
-        options = dict(resident=resident, crop_padding=crop_padding, penalty_weight=penalty_weight)
-        config = module.config_parser.parse_known_args(argv)[0].config
-        named = dict(recipe=Path(config).stem) if config else {}
-        if args.initial_checkpoint.endswith('.safetensors'):
-            with safe_open(args.initial_checkpoint, 'pt') as f:  # `warm_start` says where it comes from
-                named.update({k: v for k, v in (f.metadata() or {}).items() if k == 'warm_start'})
-        seconds = time.time() - start
-        _write_run(output, args, dict(**named, arguments=arguments, options=options), seconds)
-        if not guard.interrupts:
-            rows = read_curve(output)
+        else:
+            module.create_dataset = partial(_create_dataset, args, module.create_dataset, note)
+        try:
+            with guard.watching():
+                module.main()
+            if guard.interrupts:  # train.py catches it, and ends as if it were done
+                raise KeyboardInterrupt(guard.save_interrupted())
+        finally:
+            logging.root.handlers = handlers_before
+        if record:
+            if guard.saver:
+                record.write()
+            rows = read_curve(folder)
             last = '  '.join(f'{name}: {value:.4g}' for name, value in rows[-1].items()) if rows else 'no epoch ended'
-            print(f'trained {args.model} in {seconds:.0f} s -> {output}  ({last})')
-    if guard.interrupts:  # train.py catches it, and ends as if it were done
-        raise KeyboardInterrupt(guard.save_interrupted())
-    return output
+            print(f'trained {args.model} in {record.seconds:.0f} s -> {folder}  ({last})')
+    return folder or output / (args.experiment or '')
+
+
+def _warm_start(args: argparse.Namespace) -> str | None:
+    """How the file of --initial-checkpoint was made, where `warm_start` made it."""
+    if not args.initial_checkpoint.endswith('.safetensors'):
+        return None
+    try:
+        with safe_open(args.initial_checkpoint, 'pt') as f:
+            return (f.metadata() or {}).get('warm_start')
+    except SafetensorError as e:
+        raise UserError(f'--initial-checkpoint {args.initial_checkpoint}: no safetensors file ({e})') from e
+
+
+def _check_data(args: argparse.Namespace) -> list[str]:
+    """The classes to train on; nothing is decoded. Empty for torchvision's data, which are small and read later.
+
+    Raises:
+        UserError: no data, or not the splits or classes that the run wants.
+    """
+    root = args.data_dir or args.data
+    if not root:
+        raise UserError('where are the images? --data-dir names a folder, a tar file, or the root of --dataset')
+    if args.dataset:
+        return []
+    classes = list_classes(root, args.train_split)
+    if args.val_split:
+        _check_known(list_classes(root, args.val_split), classes, root)
+    return classes
+
+
+def _check_known(classes: list[str], trained: list[str], root: str) -> None:
+    if unknown := [name for name in classes if name not in trained]:
+        raise UserError(f'{root}: validation has classes that are not trained on: {", ".join(unknown[:5])}')
+
+
+def _note_classes(
+    args: argparse.Namespace, given: int | None, record: Record | None, classes: list[str], num_classes: int
+) -> None:
+    """Record the classes of the training data.
+
+    Raises:
+        UserError: they are more than the model's, or fewer though `given`, the user's --num-classes, does not say so.
+    """
+    n = len(classes)
+    if n > num_classes or (n < num_classes and given is None):
+        raise UserError(
+            f'{args.data_dir or args.data}: {n} classes, and the model has {num_classes}; give --num-classes {n}'
+        )
+    if record:
+        record.facts['classes'] = classes
+
+
+def _create_model(
+    args: argparse.Namespace,
+    create_model: Callable[..., nn.Module],
+    note: Callable[[list[str], int], None],
+    classes: list[str],
+    name: str,
+    **kwargs: Any,
+) -> nn.Module:
+    """In place of timm's create_model in train.py: what does not fit is named before the data are read."""
+    start = kwargs.pop('checkpoint_path', '')
+    doing = f'--model {name} with these arguments'
+    try:
+        model = create_model(name, **kwargs)
+        if start:
+            doing = f'--initial-checkpoint {start} for --model {name}'
+            load_checkpoint(model, start)
+    except (UserError, HubError):
+        raise
+    except Exception as e:  # of timm's, of the model's and of the Hub's own kinds
+        raise UserError(f'{doing} cannot be: {type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
+    if classes:
+        note(classes, model.num_classes)
+    if args.resume:
+        check_checkpoint(args.resume, model)
+    return model
+
+
+def _create_dataset(
+    args: argparse.Namespace,
+    create_dataset: Callable[..., Any],
+    note: Callable[[list[str], int], None],
+    *names: Any,
+    **kwargs: Any,
+) -> Any:
+    """timm's create_dataset, whose classes are noted where its reader has them."""
+    try:
+        dataset = create_dataset(*names, **kwargs)
+    except (OSError, RuntimeError, AssertionError) as e:
+        raise UserError(f'--data-dir {kwargs.get("root")}: {" ".join(str(e).split())[:300]}') from e
+    index = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    if index and kwargs.get('is_training'):
+        note(sorted(index, key=index.get), args.num_classes)
+    return dataset
 
 
 def _can_be_resident(args: argparse.Namespace) -> bool:
@@ -151,6 +243,7 @@ def _decoded_size(args: argparse.Namespace) -> int | None:
 
 def create_resident_dataset(
     args: argparse.Namespace,
+    note: Callable[[list[str], int], None],
     name: str,
     root: str | None = None,
     split: str = 'validation',
@@ -160,14 +253,11 @@ def create_resident_dataset(
     **_,
 ) -> ResidentDataset:
     """In place of timm.data.create_dataset, with the arguments of train.py before its own."""
-    if not root:
-        raise ValueError('where are the images? --data-dir names a folder, a tar file, or the root of --dataset')
     size = _decoded_size(args)
     classes = None if name else list_classes(root, args.train_split)  # the evaluation split may hold a few of them
     data = load_images(root, split, name=name, download=download, img_mode=input_img_mode, size=size, classes=classes)
-    if len(data.classes) > args.num_classes:
-        n = len(data.classes)
-        raise ValueError(f'{root}: {n} classes, and the model has {args.num_classes}; give --num-classes {n}')
+    if split == args.train_split:
+        note(data.classes, args.num_classes)
     return ResidentDataset(data, seed)
 
 
@@ -227,27 +317,3 @@ def _with_epoch_metrics(train_one_epoch):
         return metrics
 
     return wrapped
-
-
-def _write_run(output: Path, args: argparse.Namespace, run: dict[str, Any], seconds: float) -> None:
-    device = torch.cuda.get_device_name() if str(args.device).startswith('cuda') else f'{os.cpu_count()} CPU cores'
-    run.update(
-        seed=args.seed,
-        versions=dict(
-            timm_poolattn=__version__,
-            timm=timm.__version__,
-            torch=torch.__version__,
-            torchvision=torchvision.__version__,
-            python=platform.python_version(),
-        ),
-        hardware=f'{device} ({platform.machine()})',
-        wall_time_s=round(seconds),
-    )
-    path = output / 'run.json'
-    if args.resume and path.is_file():  # a run resumed in its own folder: how it went before is part of it
-        before = json.loads(path.read_text())
-        run['resumed'] = [*before.pop('resumed', []), dict(arguments=before['arguments'], options=before['options'])]
-        run['wall_time_s'] += before['wall_time_s']
-    temp = path.with_suffix('.tmp')
-    temp.write_text(json.dumps(run, indent=2) + '\n')
-    os.replace(temp, path)

@@ -1,0 +1,181 @@
+"""What `train` refuses before anything long is begun, and whose folder is whose; timm's real train.py throughout."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from timm_poolattn.training import read_curve, read_run, train
+from timm_poolattn.training.records import new_folder, own_folder
+from timm_poolattn.utils import MissingFileError, UserError
+
+from .test_options import run_train
+from .test_recovery import signal_after, start
+
+
+@pytest.fixture(scope='module')
+def trained(train_script, cifar10_few, tmp_path_factory) -> Path:
+    """The folder of a run of two epochs, which the tests only read."""
+    output = tmp_path_factory.mktemp('trained')
+    return run_train(train_script, cifar10_few, output, '--model', 'resnet20.cifar10', '--epochs', 2, '-b', 40)
+
+
+def refused(train_script, data, output, *options, match, kind=UserError, **kwargs):
+    """`train` ends in one line before its folder is made."""
+    with pytest.raises(kind, match=match) as e:
+        run_train(train_script, data, output, *options, **kwargs)
+    assert '\n' not in str(e.value) and not (output / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    'options, match',
+    [
+        (['--model', 'resnet20_samm.cifar10'], "unknown model 'resnet20_samm.cifar10'; nearest: resnet20_saam.cifar10"),
+        (['--model', 'resnet20_saam.cifar1'], 'nearest: resnet20_saam.cifar100?, '),
+        (['--kd-model-name', 'resnet20_samm'], "unknown model 'resnet20_samm'; nearest: resnet20_saam"),
+        (['--device', 'foo'], "device 'foo' is not on this machine, which has cpu"),
+        (['--device', 'cuda:99'], "device 'cuda:99' is not on this machine"),
+        (['--opt', 'sdg'], "unknown optimizer 'sdg'; nearest: .*for --opt"),
+        (['--sched', 'cosin'], "unknown schedule 'cosin'; choose from cosine, "),
+        (['--model', 'resnet110_fa', '--pretrained'], 'resnet110_fa has no weights yet; near models have: resnet'),
+        (['--model-kwargs', 'colour=red'], '--model resnet20_spem.cifar10 with these arguments cannot be: .*colour'),
+        (['--model', 'resnet20.cifar100'], r'10 classes, and the model has 100; give --num-classes 10'),
+        (['--num-classes', 9], '10 classes, and the model has 9; give --num-classes 10'),
+    ],
+    ids=lambda value: ' '.join(map(str, value)) if isinstance(value, list) else '',
+)
+def test_names_and_classes(train_script, cifar10_few, tmp_path, options, match):
+    refused(train_script, cifar10_few, tmp_path, *options, match=match)
+
+
+def test_no_model(train_script, cifar10_few, tmp_path):
+    with pytest.raises(UserError, match=r'no model: give --model, .*or a --recipe that names one'):
+        train(['--data-dir', str(cifar10_few), '--output', str(tmp_path)], timm_script=train_script)
+    assert not list(tmp_path.glob('*-*'))
+
+
+def test_no_data(train_script, cifar10_few, tmp_path):
+    refused(train_script, '', tmp_path, match='where are the images')
+    refused(train_script, tmp_path / 'nowhere', tmp_path, match='nowhere: no such', kind=FileNotFoundError)
+    options = ['--val-split', 'nosuch']
+    refused(train_script, cifar10_few, tmp_path, *options, match="no split 'nosuch'", kind=FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    'text, match',
+    [
+        ('- 1', 'not a mapping of arguments to values'),
+        ('', 'not a mapping of arguments to values'),
+        ('a: [', 'no YAML'),
+        ('epohcs: 3', "unknown argument 'epohcs'; nearest: epochs; --config .*"),
+    ],
+)
+def test_a_recipe_that_is_none(train_script, cifar10_few, tmp_path, text, match):
+    (tmp_path / 'x.yaml').write_text(text)
+    refused(train_script, cifar10_few, tmp_path, '--config', tmp_path / 'x.yaml', match=match)
+    refused(
+        train_script, cifar10_few, tmp_path, '--config', tmp_path / 'y.yaml', match='no file', kind=MissingFileError
+    )
+    both = ['--config', tmp_path / 'x.yaml']
+    refused(train_script, cifar10_few, tmp_path, *both, match='take one', recipe='finetune')
+
+
+@pytest.mark.parametrize('option', ['--initial-checkpoint', '--resume'])
+@pytest.mark.parametrize('kind', ['missing', 'text', 'foreign', 'another'])
+def test_foreign_checkpoints(train_script, cifar10_few, tmp_path, option, kind):
+    path = tmp_path / ('x.safetensors' if option == '--initial-checkpoint' and kind != 'another' else 'x.pth.tar')
+    if kind == 'text':
+        path.write_text('weights')
+    elif kind == 'foreign':
+        save_file({'a': torch.zeros(2)}, path)
+        if option == '--resume':
+            torch.save({'a': torch.zeros(2)}, path)
+    elif kind == 'another':
+        torch.save(dict(epoch=1, state_dict=timm.create_model('resnet20_saam').state_dict()), path)
+    expected = MissingFileError if kind == 'missing' else UserError
+    refused(train_script, cifar10_few, tmp_path, option, path, match=f'{option}.*{path}|{path}', kind=expected)
+
+
+def test_fewer_classes_than_the_model_if_the_user_says_so(train_script, cifar10_few, tmp_path):
+    run = read_run(run_train(train_script, cifar10_few, tmp_path, '--num-classes', 12, '--model', 'resnet20', '-b', 40))
+    assert len(run.classes) == 10 and run.build_model().num_classes == 12
+
+
+@pytest.mark.parametrize('resident', [True, False])
+def test_the_classes_are_recorded(train_script, image_folder, tmp_path, resident):
+    options = ['--model', 'resnet20', '--workers', 0, '--num-classes', 2, '--val-split', 'test']
+    folder = run_train(train_script, image_folder, tmp_path, *options, resident=resident)
+    record = json.loads((folder / 'run.json').read_text())
+    assert record['classes'] == read_run(folder).classes == ['cat', 'dog']
+    assert record['options']['resident'] is resident
+
+
+class TestFolder:
+    def test_another_run_is_refused(self, train_script, cifar10_few, trained):
+        before = {path: path.read_bytes() for path in trained.iterdir()}
+        match = r'run: holds another run \(2 epochs\); --experiment names another folder, or --resume .*last\.pth\.tar'
+        with pytest.raises(UserError, match=match):
+            run_train(train_script, cifar10_few, trained.parent, '--model', 'resnet20.cifar10', '--epochs', 1)
+        assert {path: path.read_bytes() for path in trained.iterdir()} == before
+
+    def test_a_checkpoint_of_another_folder_does_not_mix_two_runs(self, train_script, cifar10_few, trained, tmp_path):
+        shutil.copytree(trained, tmp_path / 'run')
+        with pytest.raises(UserError, match='holds another run'):
+            options = ['--model', 'resnet20.cifar10', '--epochs', 3, '--resume', trained / 'last.pth.tar']
+            run_train(train_script, cifar10_few, tmp_path, *options)
+
+    def test_two_in_one_second_get_two(self, train_script, tmp_path):
+        folders = [new_folder(tmp_path, 'x') for _ in range(5)]
+        assert len(set(folders)) == 5 and all(folder.is_dir() for folder in folders)
+
+    def test_two_processes_do_not_train_into_one(self, tmp_path):
+        with own_folder(tmp_path / 'run', ''):
+            code = 'import sys; from pathlib import Path; from timm_poolattn.training.records import own_folder\n'
+            code += 'with own_folder(Path(sys.argv[1]), ""): pass'
+            done = subprocess.run([sys.executable, '-c', code, tmp_path / 'run'], capture_output=True, text=True)
+        assert 'another process trains into it' in done.stderr
+
+    def test_a_run_without_an_epoch_gives_way(self, train_script, cifar10_few, tmp_path):
+        """What a kill in the first epoch leaves."""
+        (tmp_path / 'run').mkdir()
+        (tmp_path / 'run' / 'run.json').write_text('{"arguments": {}, "wall_time_s": 1000}')
+        (tmp_path / 'run' / 'summary.csv').write_text('epoch,tra')
+        folder = run_train(train_script, cifar10_few, tmp_path, '-b', 40, '--model', 'resnet20')
+        assert json.loads((folder / 'run.json').read_text())['wall_time_s'] < 1000
+        assert [row['epoch'] for row in read_curve(folder)] == [0]
+
+
+def test_resume_after_a_cut_row(train_script, cifar10_few, trained, tmp_path):
+    folder = tmp_path / 'run'
+    shutil.copytree(trained, folder)
+    summary = (folder / 'summary.csv').read_text()
+    (folder / 'summary.csv').write_text(summary[:-8])
+    run_train(train_script, cifar10_few, tmp_path, '--model', 'resnet20.cifar10', '--epochs', 3, '--resume', 'auto')
+    assert [row['epoch'] for row in read_curve(folder)] == [0, 2]
+    assert json.loads((folder / 'run.json').read_text())['resumed'][0]['after_epochs'] == 1
+
+
+def test_a_kill_keeps_time_and_history(train_script, cifar10_few, tmp_path):
+    """run.json is there from the start; resumed after SIGKILL, it knows the time and the arguments of both parts."""
+    options = ['-b', 8, '--warmup-epochs', 0, '--lr', 0.05, '--opt', 'momentum']
+    process = start(train_script, cifar10_few, tmp_path, *options, '--epochs', 3)
+    code, log = signal_after(process, epoch=1, update=2, number=signal.SIGKILL)
+    assert code == -signal.SIGKILL, log
+    path = tmp_path / 'run' / 'run.json'
+    record = json.loads(path.read_text())
+    assert record['arguments']['epochs'] == 3 and record['seed'] == 42 and record['classes'][3] == 'cat'
+    path.write_text(json.dumps({**record, 'wall_time_s': 1000}))
+    run_train(train_script, cifar10_few, tmp_path, *options, '--epochs', 2, '--resume', 'auto')
+    after = json.loads(path.read_text())
+    assert 1000 <= after['wall_time_s'] < 2000 and after['arguments']['epochs'] == 2
+    (part,) = after['resumed']
+    assert part['arguments']['epochs'] == 3 and part['after_epochs'] == 1
+    assert os.listdir(tmp_path / 'run').count('run.json') == 1

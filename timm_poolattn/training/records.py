@@ -1,0 +1,154 @@
+"""A folder that belongs to one run, and run.json in it: what was trained, how, on what and for how long."""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+
+from ..utils import UserError, write_text
+from ..version import __version__
+from .recovery import newest_checkpoint
+from .runs import read_curve
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, where nothing keeps two runs from one folder while they are in its first epoch
+    fcntl = None
+
+
+def new_folder(output: Path, name: str) -> Path:
+    """Make a folder of the time and `name` in `output`, which no other run gets."""
+    start = f'{datetime.now():%Y%m%d-%H%M%S}-{name}'
+    output.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 1000):
+        folder = output / (start if number == 1 else f'{start}-{number}')
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise UserError(f'{output}: a thousand runs started in it in this second; name this one by --experiment')
+
+
+@contextmanager
+def own_folder(folder: Path, resume: str) -> Iterator[None]:
+    """Keep others off a run's folder, and refuse one that holds another run.
+
+    Args:
+        folder: is made if it is not there, and removed again where the block raises before an epoch was saved.
+        resume: the checkpoint that the run goes on from, or ''.
+
+    Raises:
+        UserError: the folder holds another run, or another process trains into it.
+    """
+    is_new = not folder.is_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY) if fcntl else None
+    except OSError as e:
+        raise UserError(f'{folder}: cannot be made ({e.strerror}); --output and --experiment name another') from e
+    try:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f'{folder}: another process trains into it; --experiment names another folder'
+                ) from None
+        _check_empty(folder, resume)
+        _mend_curve(folder)
+        yield
+    except BaseException:
+        if is_new and not newest_checkpoint(folder) and not list(folder.glob('*.pth.tar')):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _check_empty(folder: Path, resume: str) -> None:
+    curve, newest = read_curve(folder), newest_checkpoint(folder)
+    if not curve and not newest:  # a run that ended in its first epoch left nothing that could be mixed up
+        return
+    if resume and Path(resume).resolve().parent == folder.resolve():
+        return
+    epochs = f'{curve[-1]["epoch"] + 1:.0f} epochs' if curve else newest.name
+    goes_on = f', or --resume {newest} goes on with it' if newest else ''
+    raise UserError(f'{folder}: holds another run ({epochs}); --experiment names another folder{goes_on}')
+
+
+def _mend_curve(folder: Path) -> None:
+    """Cut from summary.csv a last row that was not written to its end, so that timm's next one is a line of its own."""
+    path = folder / 'summary.csv'
+    if path.is_file():
+        text = path.read_bytes().decode(errors='replace')
+        if text and not text.endswith('\n'):
+            write_text(path, text[: text.rfind('\n') + 1])
+
+
+class Record:
+    """run.json of a run in progress: written at its start, and again whenever a checkpoint is.
+
+    Of a resumed run it holds what went before, too: `resumed`, its parts, and the time that they took.
+
+    Args:
+        folder: of the run.
+        resume: the checkpoint that it goes on from, or ''.
+        **facts: what else to say.
+    """
+
+    def __init__(self, folder: Path, resume: str, device: str, **facts: Any) -> None:
+        self.path = folder / 'run.json'
+        self.start = time.time()
+        name = torch.cuda.get_device_name() if device.startswith('cuda') else f'{os.cpu_count()} CPU cores'
+        self.facts = dict(
+            facts,
+            versions=dict(
+                timm_poolattn=__version__,
+                timm=timm.__version__,
+                torch=torch.__version__,
+                torchvision=torchvision.__version__,
+                python=platform.python_version(),
+            ),
+            hardware=f'{name} ({platform.machine()})',
+        )
+        self.seconds_before = 0
+        before = _read(Path(resume).parent / 'run.json') if resume else {}
+        if before:
+            part = {k: before.get(k, {}) for k in ('arguments', 'options')}
+            if curve := read_curve(Path(resume).parent):
+                part['after_epochs'] = int(curve[-1]['epoch']) + 1
+            self.facts['resumed'] = [*before.get('resumed', []), part]
+            self.facts = {**{k: before[k] for k in ('warm_start', 'classes') if k in before}, **self.facts}
+            self.seconds_before = before.get('wall_time_s', 0)
+        self.written = False
+        if not before:
+            self.write()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start of this part of the run."""
+        return time.time() - self.start
+
+    def write(self) -> None:
+        """Write run.json as of now."""
+        facts = dict(self.facts, wall_time_s=round(self.seconds_before + self.seconds))
+        write_text(self.path, json.dumps(facts, indent=2) + '\n')
+        self.written = True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+        return record if isinstance(record, dict) else {}
+    except (OSError, ValueError):  # none, or one that was cut short: the run goes on without it
+        return {}
