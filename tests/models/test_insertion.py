@@ -8,6 +8,7 @@ from torch import nn
 import timm_poolattn
 from timm_poolattn.layers import Focus, FocusAssociation, IdentityInit
 from timm_poolattn.models.insertion import InsertedGate, InsertedStage
+from timm_poolattn.utils import UserError
 
 #: One small model of each family, how many residual blocks it has, and how many of them FA gates.
 MODELS = {
@@ -35,6 +36,18 @@ def create(name, **kwargs):
         if isinstance(getattr(m, 'gamma', None), nn.Parameter):  # ConvNeXt's layer scale starts at 1e-6
             nn.init.constant_(m.gamma, 0.5)
     return model.eval()
+
+
+def snapshot(model):
+    """All that a refusal, or an insertion undone, leaves as it was: structure, modes, weights and buffers."""
+    modes = {name: m.training for name, m in model.named_modules()}
+    attributes = {name: sorted(vars(m)) for name, m in model.named_modules()}
+    return str(model), modes, attributes, {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def assert_same(after, before):
+    assert after[:3] == before[:3]
+    torch.testing.assert_close(after[3], before[3], rtol=0, atol=0, equal_nan=True)
 
 
 def inserted(model):
@@ -175,6 +188,115 @@ def test_the_penalty_is_found():
     assert PenaltyTask(model, nn.CrossEntropyLoss()).penalty().item() == 8 * 0.5
 
 
+class Block(nn.Module):
+    """A residual block of `width` channels, with its map seen by drop_path as `layout` has it."""
+
+    def __init__(self, width=8, branches=1, channels_last=False):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.drop_path = None
+        self.branches = branches
+        self.channels_last = channels_last
+
+    def forward(self, x):
+        for _ in range(self.branches):
+            u = self.conv(x)
+            u = u.movedim(1, -1) if self.channels_last else u
+            u = u if self.drop_path is None else self.drop_path(u)
+            x = x + (u.movedim(-1, 1) if self.channels_last else u)
+        return x
+
+
+class Net(nn.Module):
+    """Runs blocks as `order` says."""
+
+    def __init__(self, blocks, order=None, size=None, **attributes):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.blocks = nn.Sequential(*blocks)
+        self.order = order
+        self.size = size
+        vars(self).update(attributes)
+
+    def forward(self, x):
+        assert self.size in (None, x.shape[-1])
+        x = self.stem(x)
+        order = range(len(self.blocks)) if self.order is None else self.order(x) if callable(self.order) else self.order
+        maps = [x]
+        for i in order:
+            maps.append(self.blocks[i](maps[-1]))
+        return sum(maps) if getattr(self, 'dense', False) else maps[-1]
+
+
+@pytest.mark.parametrize(
+    'model, gate, why',
+    [
+        (lambda: timm.create_model('mambaout_femto'), 'spem', r'maps of \(2, 56, 56, 48\)'),
+        (lambda: timm.create_model('mambaout_femto'), 'fa', r'maps of \(2, 56, 56, 48\)'),
+        (lambda: timm.create_model('edgenext_xx_small'), 'spem', r'stages\.1\.blocks\.1 has \(2, 1024, 48\)'),
+        (lambda: Net([Block(channels_last=True)]), 'saam', r'maps of \(2, 224, 224, 8\)'),
+        (lambda: Net([Block(channels_last=True)], size=32), 'saam', r'maps of \(2, 32, 32, 8\)'),
+        (lambda: Net([Block(), Block(branches=2)]), 'se', r'blocks\.1 uses its drop_path for more than one branch'),
+        (lambda: Net([Block(), Block(), Block()], order=(0, 1, 2, 1)), 'fa', 'used more than once'),
+        (lambda: Net([Block(), Block()], dense=True), 'fa', 'other parts of it reach into its runs'),
+        (
+            lambda: Net([Block() for _ in range(3)], order=lambda x: (0, 1, 2) if len(x[0, 0]) > 64 else (0, 2, 1)),
+            'fa',
+            'another order at another image size',
+        ),
+        (lambda: Net([Block(), Block()], size=7), 'saam', 'takes no images'),
+        (lambda: timm.create_model('test_vit'), 'fa', 'no residual blocks'),
+        (lambda: nn.Sequential(), 'saam', 'no residual blocks'),
+    ],
+)
+@pytest.mark.parametrize('training', [True, False])
+def test_what_does_not_fit_is_refused_and_unchanged(model, gate, why, training):
+    model = model().train(training)
+    for i, module in enumerate(model.modules()):
+        module.training = module.training ^ (i % 3 == 1)
+    before = snapshot(model)
+    with pytest.raises(UserError, match=f'cannot carry the gate: .*{why}'):
+        timm_poolattn.insert(model, gate)
+    assert_same(snapshot(model), before)
+
+
+@pytest.mark.parametrize('gate', ['spem', 'fa'])
+def test_modes_stay(gate):
+    """Frozen batch norms of a model in training; gates are in their block's mode."""
+    model = create('resnet18', drop_path_rate=0.1).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    model.layer2.eval()
+    before = snapshot(model)
+    timm_poolattn.insert(model, gate)
+    own = {m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.Conv2d | timm.layers.DropPath)}
+    assert {m.training for m in own if isinstance(m, nn.BatchNorm2d)} == {False}
+    assert all(m.training == ('layer2' not in name) for name, m in model.named_modules() if m in inserted(model))
+    with torch.no_grad():
+        model(X)
+    assert_same(snapshot(timm_poolattn.remove(model)), before)
+
+
+@pytest.mark.parametrize(
+    'model, count',
+    [
+        (lambda: Net([Block(), Block()], size=32), 2),  # of one size
+        (lambda: Net([Block(), Block()], order=(1, 0, 1)), 2),  # a block that runs twice has its gate twice
+        (lambda: Net([Block(8) for _ in range(2)], pretrained_cfg=None), 2),
+        (lambda: Net([Block(8) for _ in range(2)], pretrained_cfg={'input_size': (3, 40, 40)}), 2),
+    ],
+)
+def test_other_networks(model, count):
+    model = model().eval()
+    x = torch.randn(2, 3, 32, 32)
+    before, expected = snapshot(model), model(x)
+    assert len(inserted(timm_poolattn.insert(model, 'spem'))) == count and model(x).equal(expected)
+    model(x).sum().backward()
+    assert all(gate.alpha.grad for gate in inserted(model))
+    assert_same(snapshot(timm_poolattn.remove(model)), before)
+
+
 @pytest.mark.parametrize('gate', ['saam', 'fa'])
 def test_mistakes(gate):
     model = create('resnet18')
@@ -189,8 +311,7 @@ def test_mistakes(gate):
     timm_poolattn.insert(model, gate)
     with pytest.raises(ValueError, match='inserted gates already'):
         timm_poolattn.insert(model, 'saam')
-    for name in ('vgg11', 'test_vit'):
-        with pytest.raises(ValueError, match='no residual blocks'):
-            timm_poolattn.insert(timm.create_model(name, num_classes=2), gate)
+    with pytest.raises(UserError, match='is scripted'):
+        timm_poolattn.insert(torch.jit.script(create('resnet18')), gate)
     with pytest.raises(ValueError, match='nothing to skip'):
         timm_poolattn.set_skip_threshold(create('resnet18'), 0.5)

@@ -1,12 +1,22 @@
 """Gates for networks that were built, or trained, without them."""
 
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..layers import GATES, FocusAssociation, create_gate
+from ..utils import UserError, look_up
 from ._stage import Stage
+
+#: Images of a pass. With one, a map could not be told from a map without a batch.
+_BATCH_SIZE = 2
+#: Tried after the model's own size. Sides that differ tell height and width from channels.
+_SIZES = ((64, 96), (224, 224), (32, 32))
 
 
 class InsertedGate(nn.Module):
@@ -51,16 +61,25 @@ class InsertedStage(Stage):
 
 
 class _Probe(nn.Module):
-    """Stands where a gate could, and sees how many channels pass."""
+    """Stands where a gate could, and reports the shape of each map that passes."""
 
-    def __init__(self, replaced: nn.Module | None) -> None:
+    def __init__(self, replaced: nn.Module | None, report: Callable[[torch.Size], None]) -> None:
         super().__init__()
         self.replaced = replaced
-        self.shape: torch.Size | None = None
+        self.report = report
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.shape = x.shape
+        self.report(x.shape)
         return x if self.replaced is None else self.replaced(x)
+
+
+@dataclass
+class _Pass:
+    """A forward pass, and the calls that were seen in it, in order."""
+
+    images: torch.Tensor
+    output: Any
+    calls: list[tuple]
 
 
 def insert(model: nn.Module, gate: str, *, identity_init: bool = True, **gate_kwargs) -> nn.Module:
@@ -71,35 +90,44 @@ def insert(model: nn.Module, gate: str, *, identity_init: bool = True, **gate_kw
     the block before them is the benchmark B_0 (Eq. 2-9). Whole stages (Fig. 4) get none, as their input matched
     in shape is inside their first block. FA in a network with SE, such as seresnet50, is the paper's FA-SE.
 
-    One forward pass of a black image finds the blocks. Channel gates leave the names of the model's own parameters as
-    they are; FA puts those of a run's blocks into one module. So load a checkpoint of the plain model first.
+    Forward passes of noise find the blocks first, at two image sizes where the model takes more than one. A model that
+    does not fit is refused and stays as it was; README.md beside this file says which of timm's do. Every module keeps
+    its mode, and a gate gets the mode, device and dtype of its block.
+
+    Channel gates leave the names of the model's own parameters as they are; FA puts those of a run's blocks into one
+    module. So load a checkpoint of the plain model first.
 
     Args:
         model: a timm CNN with (B, C, H, W) feature maps, such as resnet, resnetv2, resnext, regnet, convnext or
             efficientnet, trained or not.
         gate: one of `timm_poolattn.layers.GATES`, or 'fa'.
         identity_init: leave the model's outputs unchanged at the moment of insertion; see `IdentityInit` and
-            `FocusAssociation` in timm_poolattn.layers. Default: True.
+            `FocusAssociation` in timm_poolattn.layers.
         **gate_kwargs: of the gate.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: an unknown gate, a model that already has inserted gates, or one without such blocks.
+        UserError: an unknown gate, what the gate's constructor refuses, a model that has inserted gates already or is
+            scripted, or one whose blocks cannot carry the gate.
     """
-    if gate not in (*GATES, 'fa'):
-        raise ValueError(f'unknown gate {gate!r}; choose from {", ".join(GATES)}, fa')
+    look_up('gate', gate, (*GATES, 'fa'))
     if any(isinstance(m, InsertedGate | InsertedStage) for m in model.modules()):
-        raise ValueError('the model has inserted gates already; timm_poolattn.remove(model) takes them out')
-    parameter = next(model.parameters())
-    gate_kwargs = dict(identity_init=identity_init, device=parameter.device, dtype=parameter.dtype, **gate_kwargs)
-    found = _insert_fa(model, gate_kwargs) if gate == 'fa' else _insert_gates(model, gate, gate_kwargs)
-    if not found:
-        raise ValueError(
-            f'{type(model).__name__}: no residual blocks with a drop_path over (B, C, H, W) maps;'
-            f' resnet, resnetv2, resnext, regnet, convnext and efficientnet have'
+        raise UserError('the model has inserted gates already; timm_poolattn.remove(model) takes them out')
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise UserError(f'{type(model).__name__} is scripted, its code is fixed; insert first, then torch.jit.script')
+    blocks = [m for m in model.modules() if isinstance(getattr(m, 'drop_path', 0), nn.Module | None)]
+    gate_kwargs = dict(identity_init=identity_init, **gate_kwargs)
+    modes = {m: m.training for m in model.modules()}
+    if not blocks or not (_insert_fa if gate == 'fa' else _insert_gates)(model, gate, blocks, gate_kwargs):
+        raise _refusal(
+            model,
+            'no two residual blocks follow each other, the second keeping its shape, as FA needs'
+            if blocks and gate == 'fa'
+            else 'it has no residual blocks that use a drop_path',
         )
+    _set_modes(model, modes)
     return model
 
 
@@ -108,79 +136,202 @@ def remove(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, InsertedGate):
-                setattr(module, name, child.replaced)
+                _put(module, name, child.replaced)
             elif isinstance(child, InsertedStage):
                 for place, block in zip(child.places, child.blocks, strict=True):
                     setattr(module, place, block.block)
     return model
 
 
-def _run(model: nn.Module) -> None:
-    """One forward pass of a black image of the model's size."""
-    parameter, training = next(model.parameters()), model.training
-    _, *size = getattr(model, 'pretrained_cfg', {}).get('input_size', (3, 224, 224))
-    image = torch.zeros(1, getattr(model, 'in_chans', 3), *size, device=parameter.device, dtype=parameter.dtype)
+def _refusal(model: nn.Module, reason: str) -> UserError:
+    return UserError(
+        f'{type(model).__name__} cannot carry the gate: {reason};'
+        ' resnet, resnetv2, resnext, regnet, convnext and efficientnet can'
+    )
+
+
+def _put(block: nn.Module, name: str, child: nn.Module | None) -> None:
+    if child is None:
+        delattr(block, name)  # a None among the children would stay there; timm's blocks have it as an attribute
+    setattr(block, name, child)
+
+
+def _set_modes(model: nn.Module, modes: dict[nn.Module, bool]) -> None:
+    """Give every module the mode that it had, and a new one that of the module which holds it."""
+    model.training = modes[model]
+    for module in model.modules():  # holders come first
+        for child in module.children():
+            child.training = modes.get(child, module.training)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation without gradients inside, every module's own mode afterwards."""
+    modes = {m: m.training for m in model.modules()}
     try:
         with torch.no_grad():
-            model.eval()(image)
+            model.eval()
+            yield
     finally:
-        model.train(training)
+        model.train(modes[model])  # some models drop what they cached for evaluation here
+        for module, training in modes.items():
+            module.training = training
 
 
-def _insert_gates(model: nn.Module, gate: str, gate_kwargs: dict[str, Any]) -> bool:
-    """Gates in front of every drop_path; False if there is none."""
-    probes = {block: _Probe(block.drop_path) for block in model.modules() if hasattr(block, 'drop_path')}
+def _passes(model: nn.Module, calls: list[tuple]) -> list[_Pass]:
+    """Forward passes of noise at two sizes that the model takes, or at the only one. What it sees appends to `calls`.
+
+    Raises:
+        UserError: the model takes none.
+    """
+    parameter = next(model.parameters(), torch.empty(0))
+    configs = [getattr(m, 'pretrained_cfg', None) for m in model.modules()]
+    config = next((c for c in configs if isinstance(c, dict) and c.get('input_size')), {'input_size': (3, 224, 224)})
+    stems = [m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)][:1]
+    generator = torch.Generator().manual_seed(0)
+    passes: list[_Pass] = []
+    first_error = None
+    for channels in dict.fromkeys([getattr(model, 'in_chans', 3), *stems, 3]):
+        for size in dict.fromkeys([tuple(config['input_size'][1:]), *_SIZES]):
+            images = torch.randn(_BATCH_SIZE, channels, *size, generator=generator).to(parameter)
+            calls.clear()
+            try:
+                with _evaluating(model):
+                    output = model(images)
+            except Exception as error:  # any: the model does not take this size
+                first_error = first_error or error
+            else:
+                passes.append(_Pass(images, output, list(calls)))
+            if len(passes) == 2:
+                return passes
+        if passes:
+            return passes
+    raise _refusal(model, f'its forward pass takes no images ({first_error})') from first_error
+
+
+def _map_channels(model: nn.Module, block: nn.Module, shapes: list[torch.Size]) -> int:
+    """C of maps that are (B, C, H, W) in all of `shapes`.
+
+    Raises:
+        UserError: they are laid out otherwise, or C changes.
+    """
+    name = next(name for name, m in model.named_modules() if m is block)
+    seen = ' and '.join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
+    if any(len(shape) != 4 or shape[0] != _BATCH_SIZE for shape in shapes):
+        raise _refusal(model, f'{name} has {seen} where a gate takes (B, C, H, W)')
+    _, channels, heights, widths = (set(axis) for axis in zip(*shapes, strict=True))
+    if len(heights) == len(widths) == 1:  # one square size
+        fits = len(channels) == 1 and channels != heights == widths
+    else:  # what changes with the image is height and width
+        fits = len(channels) == 1 and all(len(sides) > 1 or sides == {1} for sides in (heights, widths))
+    if not fits:
+        raise _refusal(model, f'{name} has maps of {seen}, not of (B, C, H, W) with one C')
+    return channels.pop()
+
+
+def _create(create: Callable[..., nn.Module], block: nn.Module, *args, **kwargs) -> nn.Module:
+    """A gate on the device and in the dtype of its block."""
+    parameter = next((p for p in block.parameters() if p.is_floating_point()), None)
+    return create(*args, **kwargs) if parameter is None else create(*args, **kwargs).to(parameter)
+
+
+def _insert_gates(model: nn.Module, gate: str, blocks: list[nn.Module], gate_kwargs: dict[str, Any]) -> bool:
+    """Put gates in front of every drop_path that is used; False if none is."""
+    calls: list[tuple] = []
+    probes = {block: _Probe(block.drop_path, lambda s, b=block: calls.append((b, s))) for block in blocks}
+    hooks = [block.register_forward_pre_hook(lambda m, args: calls.append((m, None))) for block in blocks]
     try:
         for block, probe in probes.items():
             block.drop_path = probe
-        if probes:
-            _run(model)
-    finally:
-        for block, probe in probes.items():
-            block.drop_path = probe.replaced
-    channels = {block: p.shape[1] for block, p in probes.items() if p.shape is not None and len(p.shape) == 4}
-    gates = {block: create_gate(gate, c, **gate_kwargs) for block, c in channels.items()}  # all, or none is put in
-    for block, module in gates.items():
-        block.drop_path = InsertedGate(module, block.drop_path).train(block.training)
-    return bool(gates)
-
-
-def _insert_fa(model: nn.Module, gate_kwargs: dict[str, Any]) -> bool:
-    """FA over every run of blocks that lie side by side in one module; False if there is none."""
-    parents = {child: (module, name) for module in model.modules() for name, child in module.named_children()}
-    calls: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
-
-    def record(block: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if len(args) == 1:  # a stage passes X_i and nothing else
-            calls.append((block, args[0], output))
-
-    hooks = [block.register_forward_hook(record) for block in parents if hasattr(block, 'drop_path')]
-    try:
-        if hooks:
-            _run(model)
+        passes = _passes(model, calls)
     finally:
         for hook in hooks:
             hook.remove()
+        for block, probe in probes.items():
+            _put(block, 'drop_path', probe.replaced)
+    channels = {}
+    for block in blocks:
+        shapes = [[s for b, s in p.calls if b is block] for p in passes]
+        maps = [[s for s in seen if s is not None] for seen in shapes]
+        if not any(maps):
+            continue
+        channels[block] = _map_channels(model, block, [s for seen in maps for s in seen])
+        if any(2 * len(m) > len(s) for m, s in zip(maps, shapes, strict=True)):
+            name = next(name for name, m in model.named_modules() if m is block)
+            raise _refusal(model, f'{name} uses its drop_path for more than one branch')
+    gates = {block: _create(create_gate, block, gate, c, **gate_kwargs) for block, c in channels.items()}
+    for block, module in gates.items():  # all are made before one is put in
+        block.drop_path = InsertedGate(module, block.drop_path)
+    return bool(gates)
+
+
+def _insert_fa(model: nn.Module, gate: str, blocks: list[nn.Module], gate_kwargs: dict[str, Any]) -> bool:
+    """Put FA over every run of blocks that lie side by side in one module; False if there is none."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, child in module.named_children():
+            places.setdefault(child, []).append((module, name))
+    calls: list[tuple] = []
+
+    def record(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((block, args[0] if len(args) == 1 and not kwargs else None, output))
+
+    hooks = [block.register_forward_hook(record, with_kwargs=True) for block in blocks]
+    try:
+        passes = _passes(model, calls)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = [_runs(p.calls, places) for p in passes]
+    if any(runs != found[0] for runs in found):
+        raise _refusal(model, 'its blocks run in another order at another image size')
+    stages = []
+    for run in found[0]:
+        names = [next(name for name, m in model.named_modules() if m is block) for block in run]
+        times = Counter(block for block, _, _ in passes[0].calls)
+        if any(times[block] > 1 or len(places[block]) > 1 for block in run):
+            raise _refusal(model, f'{" or ".join(names)} is used more than once')
+        shapes = {b: [m.shape for p in passes for c, x, u in p.calls if c is b for m in (x, u)] for b in run[1:]}
+        channels = {block: _map_channels(model, block, seen) for block, seen in shapes.items()}
+        fas = [_create(FocusAssociation, b, channels[b], i, **gate_kwargs) for i, b in enumerate(run[1:], 1)]
+        stage = InsertedStage([InsertedBlock(block, None) for block in run], [places[block][0][1] for block in run])
+        stages.append((places[run[0]][0][0], stage, fas))
+    for parent, stage, _ in stages:
+        for place in stage.places:
+            setattr(parent, place, nn.Identity())
+        setattr(parent, stage.places[0], stage)
+    ran: Counter[nn.Module] = Counter()
+    hooks = [stage.register_forward_hook(lambda m, args, out: ran.update([m])) for _, stage, _ in stages]
+    try:
+        for p in passes:  # still without gates: nothing changes where no other part of the network reads between blocks
+            ran.clear()
+            with _evaluating(model):
+                output = model(p.images)
+            if any(ran[stage] != 1 for _, stage, _ in stages):
+                raise AssertionError('a run is passed by')
+            if not p.images.is_meta:
+                torch.testing.assert_close(output, p.output, equal_nan=True)
+    except Exception as error:
+        remove(model)
+        raise _refusal(model, 'other parts of it reach into its runs of blocks') from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for _, stage, fas in stages:
+        for block, fa in zip(stage.blocks[1:], fas, strict=True):
+            block.fa = fa
+    return bool(stages)
+
+
+def _runs(calls: list[tuple], places: dict[nn.Module, list[tuple[nn.Module, str]]]) -> list[list[nn.Module]]:
+    """Blocks that take each other's outputs, lie in one module, and keep the shape after the first."""
     runs: list[list[nn.Module]] = []
     last, last_output = None, None
     for block, x, u in calls:
-        side_by_side = last is not None and parents[last][0] is parents[block][0] and x is last_output
-        if side_by_side and x.shape == u.shape and x.ndim == 4:
+        side_by_side = x is not None and x is last_output and places[last][0][0] is places[block][0][0]
+        if side_by_side and isinstance(u, torch.Tensor) and x.shape == u.shape:
             runs[-1].append(block)  # X_i and U_i match
         else:
             runs.append([block])  # B_0
         last, last_output = block, u
-    channels = {block: u.shape[1] for block, _, u in calls}
-    stages = []
-    for run in runs:
-        if len(run) > 1:
-            gates = [FocusAssociation(channels[block], i, **gate_kwargs) if i else None for i, block in enumerate(run)]
-            blocks = [InsertedBlock(block, fa) for block, fa in zip(run, gates, strict=True)]
-            stages.append(InsertedStage(blocks, [parents[block][1] for block in run]).train(model.training))
-    for stage in stages:
-        first, *others = stage.blocks
-        parent, name = parents[first.block]
-        setattr(parent, name, stage)
-        for other in others:
-            setattr(*parents[other.block], nn.Identity())
-    return bool(stages)
+    return [run for run in runs if len(run) > 1]
