@@ -52,7 +52,7 @@ def test_wheel_carries_what_pretrained_needs(wheel):
     assert 'timm_poolattn/CITATION.cff' in names  # the model card quotes it
     for path in recipes().values():
         assert f'timm_poolattn/recipes/{path.name}' in names
-    for file in ('py.typed', 'papers/tables.yaml', 'report/page.html.jinja'):
+    for file in ('py.typed', 'papers/tables.yaml', 'report/page.html.jinja', 'hub/card.md.jinja'):
         assert f'timm_poolattn/{file}' in names
     assert {n.split('/')[0] for n in names} == {'timm_poolattn', wheel.name.rsplit('-', 3)[0] + '.dist-info'}
     assert wheel.stat().st_size < 25e6

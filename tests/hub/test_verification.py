@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from timm_poolattn.cli import main
 from timm_poolattn.data import load_images
-from timm_poolattn.hub import verify
+from timm_poolattn.hub import verify, write_texts
 from timm_poolattn.hub.releases import seal
 from timm_poolattn.inference import evaluate, load_pretrained
 from timm_poolattn.utils import UserError
 
 from .conftest import NAME
 
-CHECKS = ['files', 'header', 'config', 'parameters', 'values', 'hashes', 'forward']
+CHECKS = ['files', 'header', 'config', 'parameters', 'values', 'hashes', 'card', 'forward']
 
 
 def fails(target, check):
@@ -81,6 +81,7 @@ def test_accuracy(other, image_folder):
         (dict(images=10000), 'claimed on 10,000 images, this data has 8'),
     ):
         edit(other, 'results.json', test={**claimed, **change})
+        write_texts(other, json.loads((other / 'results.json').read_text()))
         *_, check = verify(other, data_dir=image_folder)
         assert check.name == 'accuracy' and check.ok == (message == 'claimed') and message in check.detail
 
@@ -214,7 +215,7 @@ class TestHostileRepository:
         checks = verify('hf-hub:org/x')
         assert not checks[-1].ok and 'results.json' in checks[-1].detail
 
-    @pytest.mark.parametrize('file', ['config.json', 'results.json', 'model.safetensors'])
+    @pytest.mark.parametrize('file', ['config.json', 'results.json', 'README.md', 'model.safetensors'])
     @pytest.mark.parametrize('part', [0, 0.5])
     def test_empty_and_cut_files(self, hub, folder, file, part):
         files = self.files(folder)
@@ -358,3 +359,55 @@ def test_values_that_cannot_be(other, name, value, message):
 def test_a_model_that_does_not_look(other):
     change_weights(other, lambda weights: weights['head.fc.weight'].zero_())
     assert 'the very same numbers' in fails(other, 'forward')
+
+
+class TestCard:
+    """The card and the Hub's evaluation result say what results.json says."""
+
+    @pytest.mark.parametrize(
+        'old, new, message',
+        [
+            ('value: 91.75', 'value: 97.75', 'model-index in its head is not what results.json says'),
+            ('license: apache-2.0', 'license: mit', 'license in its head'),
+            ('license: apache-2.0', 'license: apache-2.0\nbase_model: evil/evil', 'base_model in its head'),
+            ('| 91.75 |', '| 97.75 |', 'its table is not that of results.json, 91.75%'),
+            ('---\n', '', 'README.md'),
+            ('license: apache-2.0', 'license: [', 'README.md: not a model card'),
+            ('license: apache-2.0', 'license: !!python/object/apply:os.system [ls]', 'README.md: not a model card'),
+        ],
+    )
+    def test_readme(self, other, old, new, message):
+        text = (other / 'README.md').read_text()
+        assert old in text
+        (other / 'README.md').write_text(text.replace(old, new))
+        assert message in fails(other, 'card') and 'README.md' in fails(other, 'card')
+
+    def test_not_utf_8(self, other):
+        (other / 'README.md').write_bytes(b'\xff\xfe')
+        assert 'README.md: not a model card' in fails(other, 'card')
+
+    def test_the_papers_figure_may_be_corrected(self, other):
+        text = (other / 'README.md').read_text()
+        (other / 'README.md').write_text(text.replace('| 92.60 |', '| 92.61 |'))
+        assert all(check.ok for check in verify(other))
+
+    @pytest.mark.parametrize('text', ['', '[', '[]', 'value: 99', 'null', '- {value: 99}'])
+    def test_evaluation_result(self, other, text):
+        (other / '.eval_results' / 'cifar10.yaml').write_text(text)
+        assert fails(other, 'card').startswith('.eval_results/cifar10.yaml: ')
+
+    def test_evaluation_results_missing_and_of_other_data(self, other):
+        path = other / '.eval_results' / 'cifar10.yaml'
+        path.with_name('cifar100.yaml').write_bytes(path.read_bytes())
+        assert fails(other, 'card').startswith('.eval_results/cifar100.yaml: not of a release of cifar10')
+        path.with_name('cifar100.yaml').rename(path.with_name('imagenet.yaml'))
+        path.unlink()
+        assert fails(other, 'card').startswith('.eval_results/cifar10.yaml: is missing')
+
+    @pytest.mark.parametrize('change', [dict(gate='evil'), dict(seed=None), dict(versions=[]), dict(checkpoint={})])
+    def test_results_that_make_no_card(self, other, change):
+        results = {**json.loads((other / 'results.json').read_text()), **change}
+        results = {key: value for key, value in results.items() if value is not None}
+        (other / 'results.json').write_text(json.dumps(results))
+        checks = verify(other)
+        assert not checks[-1].ok and checks[-1].detail.startswith('results.json: ')

@@ -1,11 +1,14 @@
 """What a release says of itself: the model card and the Hub's evaluation result, from results.json alone."""
 
+import os
+from importlib.resources import files
 from typing import Any
 
+import jinja2
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 
-from ..models import hub_configs_dir, hub_org
+from ..models import HUB_ORG, hub_configs_dir, hub_org
 from ..papers import paper_top1
 
 #: What a card says of a gate, in two sentences.
@@ -58,12 +61,12 @@ def _citation(gate: str | None) -> str:
         if reference['notes'].lower() == paper:
             authors = ' and '.join(f'{a["family-names"]}, {a["given-names"]}' for a in reference['authors'])
             fields = f'  title = {{{reference["title"]}}},\n  author = {{{authors}}}'
-            return f'\n```bibtex\n@{reference["type"]}{{{paper},\n{fields}\n}}\n```\n'
+            return f'@{reference["type"]}{{{paper},\n{fields}\n}}'
     return ''
 
 
 def _yaml(arguments: dict[str, Any]) -> str:
-    return f'```yaml\n{yaml.safe_dump(arguments, default_flow_style=False).strip()}\n```'
+    return yaml.safe_dump(arguments, default_flow_style=False).strip()
 
 
 def _flags(options: dict[str, Any]) -> str:
@@ -78,18 +81,16 @@ def _flags(options: dict[str, Any]) -> str:
     return ' '.join(flags)
 
 
-def model_card(results: dict[str, Any]) -> ModelCard:
-    """The model card of a release, from its results.json alone."""
-    arch, tag, gate, test = results['model'], results['tag'], results['gate'], results['test']
-    data_name, data_id = _DATA_SETS.get(tag, (tag, tag))  # one's own data have no id on the Hub
-    name = f'{arch}.{tag}'
-    card = ModelCardData(
+def metadata(results: dict[str, Any]) -> ModelCardData:
+    """What the Hub reads of a card: the block at its top."""
+    data_name, data_id = _DATA_SETS.get(results['tag'], (results['tag'],) * 2)  # one's own data have no id on the Hub
+    return ModelCardData(
         license='apache-2.0',
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm_poolattn'],
-        datasets=[data_id] if tag in _DATA_SETS else None,
-        model_name=name,
+        datasets=[data_id] if results['tag'] in _DATA_SETS else None,
+        model_name=f'{results["model"]}.{results["tag"]}',
         eval_results=[
             EvalResult(
                 task_type='image-classification',
@@ -98,85 +99,42 @@ def model_card(results: dict[str, Any]) -> ModelCard:
                 dataset_split='test',
                 metric_type='accuracy',
                 metric_name='Top-1 accuracy (%)',
-                metric_value=test['top1'],
+                metric_value=results['test']['top1'],
             )
         ],
     )
-    paper = paper_top1(arch, tag)
-    chosen = dict(
-        last='The weights are those of the last epoch',
-        best='The weights are those of the epoch that did best on these test images, which flatters the accuracy,',
-    )[results['checkpoint']['which']]
-    average = ' (the exponential moving average)' if results['checkpoint']['ema'] else ''
-    versions = ', '.join(f'{k} {v}' for k, v in results['versions'].items())
-    recipe = f'The recipe is `{results["recipe"]}`. ' if 'recipe' in results else ''
-    bfloat16 = ' with bfloat16' if results['arguments'].get('amp_dtype') == 'bfloat16' else ''
-    start = results['arguments'].get('initial_checkpoint')
-    if 'warm_start' in results:
-        start = f'{start}`, made by `poolattn warm-start {results["warm_start"]} -o {start}'
-    start = f'The first weights are those of `{start}`.\n\n' if start else ''
-    afters = (
-        f' after {run["after_epochs"]} epochs' if 'after_epochs' in run else '' for run in results.get('resumed', [])
+
+
+def figures(results: dict[str, Any]) -> str:
+    """The row of a card's table."""
+    test, paper = results['test'], paper_top1(results['model'], results['tag'])
+    cells = [f'{test["top1"]:.2f}', f'{paper:.2f}' if paper else '', f'{test["top5"]:.2f}', f'{test["loss"]:.4f}']
+    cells += [f'{test["ece"]:.2f}', f'{results["parameters"]:,}', f'{results["multiply_adds"]:,}']
+    return f'| {" | ".join(cells)} |'
+
+
+def model_card(results: dict[str, Any]) -> ModelCard:
+    """The model card of a release, from its results.json alone."""
+    gate, tag = results['gate'], results['tag']
+    ours = tag in _DATA_SETS or HUB_ORG in os.environ
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    resumed = ''.join(
-        f'Resumed{next(afters)}, with the test accuracy up to there known, from a run with\n\n'
-        f'{_yaml(run["arguments"])}\n\n'
-        for run in results.get('resumed', [])
+    environment.filters['yaml'] = _yaml
+    template = environment.from_string((files(__package__) / 'card.md.jinja').read_text('utf-8'))
+    return ModelCard(
+        template.render(
+            r=results,
+            name=f'{results["model"]}.{tag}',
+            metadata=metadata(results).to_yaml(),
+            named=tag in _DATA_SETS,
+            org=hub_org() if ours else 'ORG',
+            data_name=_DATA_SETS.get(tag, (tag,))[0],
+            note=GATE_NOTES[gate] if gate else 'It has no gate: a baseline of the papers.',
+            row=figures(results),
+            versions=', '.join(f'{k} {v}' for k, v in results['versions'].items()),
+            flags=_flags(results['options']),
+            citation=_citation(gate),
+            onnx=results.get('onnx'),
+        )
     )
-    return ModelCard(f"""---
-{card.to_yaml()}
----
-# {name}
-
-{arch} trained on {data_name}. {GATE_NOTES[gate] if gate else 'It has no gate: a baseline of the papers.'}
-
-| top-1 (%) | paper's top-1 (%) | top-5 (%) | loss | calibration error (%) | parameters | multiply-adds |
-|---|---|---|---|---|---|---|
-| {test['top1']:.2f} | {f'{paper:.2f}' if paper else ''} | {test['top5']:.2f} | {test['loss']:.4f} | {test['ece']:.2f} \
-| {results['parameters']:,} | {results['multiply_adds']:,} |
-
-Measured on these very files and {test['images']:,} test images, single view. {chosen} of one run{average}: epoch
-{results['checkpoint']['epoch'] + 1} of {results['epochs']}, seed {results['seed']}.
-
-## Use
-
-```bash
-pip install timm_poolattn
-```
-
-```python
-import timm
-import timm_poolattn  # registers the models
-
-model = timm.create_model('{name}', pretrained=True)
-model = timm.create_model('hf-hub:{hub_org()}/{name}', pretrained=True)
-```
-
-With transformers, after the same import:
-
-```python
-import timm_poolattn
-from transformers import pipeline
-
-pipeline('image-classification', '{hub_org()}/{name}')('photo.png')
-```
-
-Without the import, transformers says: "The model architecture '{arch}' is not supported in your version of timm".
-
-## Training
-
-{results['epochs']} epochs in {results['wall_time_s'] / 60:.0f} minutes on {results['hardware']}{bfloat16}; {versions}.
-{recipe}All arguments of timm's train.py that are not its defaults, as a `recipe.yaml`:
-
-{_yaml(results['arguments'])}
-
-```bash
-poolattn train --config recipe.yaml {_flags(results['options'])} --data-dir DIR
-```
-
-{start}{resumed}The curve of every epoch is in results.json.
-
-## Licence and citation
-
-Apache-2.0. CITATION.cff of timm_poolattn cites the package and the papers.
-{_citation(gate)}""")

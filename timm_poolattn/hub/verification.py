@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from huggingface_hub import HfApi
+import yaml
+from huggingface_hub import HfApi, ModelCard, eval_result_entries_to_yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,7 @@ from ..inference import decoded_size, evaluate
 from ..models import FAMILIES, HubError, data_sha256, hub_errors, redact, released
 from ..papers import DATASETS
 from ..utils import UserError, look_up
+from .card import eval_result, figures, metadata, model_card
 
 #: Every file of a release; `.gitattributes` is the Hub's own.
 REQUIRED = ('config.json', 'model.safetensors', 'README.md', 'results.json')
@@ -50,13 +52,14 @@ _RESULTS = dict(
     arguments=dict, options=dict, versions=dict, hardware=str, curve=list,
 )  # fmt: skip
 #: The file that each check is about.
-_FILES = dict(header='model.safetensors', config='config.json') | dict.fromkeys(
+_FILES = dict(header='model.safetensors', config='config.json', card='README.md') | dict.fromkeys(
     ('parameters', 'values', 'hashes', 'forward'), 'model.safetensors'
 )
 #: The largest weight that is sound.
 LARGEST = 1e6
 #: The largest text file that is read, in bytes.
 _LARGEST_TEXT = 2**24
+_REWRITE = 'release the run again, which writes both'
 #: How far the measured top-1 may lie from the claimed, in percentage points.
 TOLERANCE = 0.05
 
@@ -92,7 +95,7 @@ def verify(
     split: str = 'test',
     endpoint: str | None = None,
 ) -> list[Check]:
-    """Check a release: its files, header, config, parameters, values, hashes, and with data its accuracy.
+    """Check a release: files, header, config, parameters, values, hashes, card, forward, and with data its accuracy.
 
     Args:
         target: `<arch>.<tag>`, a folder, or `hf-hub:<repository>[@revision]`, which is downloaded afresh.
@@ -168,6 +171,7 @@ def verify_folder(
         release.parameters,
         release.values,
         release.hashes,
+        release.card,
         release.forward,
     ]
     if data_dir is not None:
@@ -407,6 +411,43 @@ class _Release:
         if (whole, data) != (claimed['sha256'], claimed['data_sha256']) or data != metadata.get('data_sha256'):
             raise UserError(f'model.safetensors is {whole[:12]}, results.json says {claimed["sha256"][:12]}')
         return f'sha256 {whole[:12]}, as in results.json'
+
+    def card(self) -> str:
+        """What the card and the Hub's evaluation result say, beside results.json."""
+        try:
+            model_card(self.results)
+        except Exception as e:  # whatever the template misses
+            raise UserError(f'results.json: no card can be written from it ({type(e).__name__}: {e})') from e
+        top1, tag = self.results['test']['top1'], self.results['tag']
+        path = self.folder / 'README.md'
+        if path.stat().st_size > _LARGEST_TEXT:
+            raise UserError(f'README.md: over {_LARGEST_TEXT:,} bytes')
+        try:
+            card = ModelCard(path.read_text('utf-8'))
+        except (ValueError, yaml.YAMLError) as e:
+            raise UserError(f'README.md: not a model card ({" ".join(str(e).split())[:200]})') from e
+        said, right = card.data.to_dict(), metadata(self.results).to_dict()
+        if differing := sorted(key for key in said.keys() | right.keys() if said.get(key) != right.get(key)):
+            raise UserError(f'README.md: {differing[0]} in its head is not what results.json says; {_REWRITE}')
+
+        def cells(line: str) -> list[str]:
+            return [cell.strip() for i, cell in enumerate(line.split('|')) if i != 2]  # the paper's may be corrected
+
+        if cells(figures(self.results)) not in map(cells, card.text.splitlines()):
+            raise UserError(f'README.md: its table is not that of results.json, {top1:.2f}%; {_REWRITE}')
+        there = {p.relative_to(self.folder).as_posix() for p in self.folder.glob('.eval_results/*')}
+        expected = {f'.eval_results/{tag}.yaml'} if tag in DATASETS else set()
+        if there != expected:
+            name = sorted(there ^ expected)[0]
+            raise UserError(f'{name}: {"is missing" if name in expected else f"not of a release of {tag}"}; {_REWRITE}')
+        for name in expected:
+            try:
+                entries = yaml.safe_load((self.folder / name).read_text('utf-8'))
+            except (ValueError, yaml.YAMLError) as e:
+                raise UserError(f'{name}: not YAML ({" ".join(str(e).split())[:200]})') from e
+            if entries != eval_result_entries_to_yaml([eval_result(self.results)]):
+                raise UserError(f'{name}: is not what results.json says, {top1:.2f}%; {_REWRITE}')
+        return f'{top1:.2f}%, as in results.json'
 
     @torch.inference_mode()
     def forward(self) -> str:
