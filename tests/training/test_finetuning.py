@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import timm
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
 from timm_poolattn.cli import main
 from timm_poolattn.data import list_classes, load_images
 from timm_poolattn.inference import evaluate, load_pretrained
+from timm_poolattn.training import finetune, read_run
+from timm_poolattn.training.finetuning import draw_confusion
 
 CLASSES = {'bear': (200, 20, 20), 'cat': (20, 200, 20), 'dog': (20, 20, 200), 'emu': (200, 200, 20), 'fox': (9, 9, 9)}
 
@@ -86,9 +89,51 @@ def test_model_is_a_timm_model(train_script, photos, tmp_path):
     """A model of timm's own, without weights: its size, not 32x32."""
     args = ['--model', 'test_resnet', '--img-size', 48, '--output', tmp_path, '--experiment', 'run', '--epochs', 1]
     (tmp_path / 'weights.pth').write_bytes(b'')
-    import torch
-
     torch.save(timm.create_model('test_resnet').state_dict(), tmp_path / 'weights.pth')
     run(train_script, photos, *args, '--pretrained-path', tmp_path / 'weights.pth')
     config = json.loads((tmp_path / 'run' / 'model' / 'config.json').read_text())
     assert config['pretrained_cfg']['input_size'] == [3, 48, 48]
+
+
+@pytest.mark.parametrize('n', [2, 30, 31, 400, 1000])
+def test_confusion_matrices_of_any_size(tmp_path, n):
+    """Class names are text, not formulas; the picture and the memory are bounded."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    names = [f'US${i}_$5 \\frac{{ ^_' + 'x' * (200 if i == 1 else 0) for i in range(n)]
+    path = draw_confusion(torch.eye(n, dtype=torch.long) * 3, names, tmp_path / 'confusion.png')
+    with Image.open(path) as image:
+        assert 400 < image.width <= 2400 and image.height <= 2400
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+def test_odd_class_names(train_script, photos, tmp_path):
+    (photos / 'bear').rename(photos / 'US$1_$5')
+    (photos / 'cat').rename(photos / 'a\tb%s{x}')
+    args = ['--epochs', 1, '--output', tmp_path, '--experiment', 'run', '--workers', 0]
+    out = run(train_script, photos, *args)
+    assert 'US$1_$5  ' in out and 'a?b%s{x}' in out
+    config = json.loads((tmp_path / 'run' / 'model' / 'config.json').read_text())
+    assert config['label_names'] == list_classes(photos) and 'US$1_$5' in config['label_names']
+
+
+def test_the_saved_model_is_the_runs(train_script, photos, tmp_path):
+    """--gp max and grey images: the accuracy of the best epoch, of the saved model and of the table are one number."""
+    options = ['--gp', 'max', '--in-chans', '1', '--input-size', '1', '32', '32', '--mean', '0.48', '--std', '0.25']
+    result = finetune(
+        photos,
+        [*options, '--epochs', '3', '--output', str(tmp_path), '--experiment', 'run', '--workers', '0'],
+        timm_script=train_script,
+    )
+    best = max(row['eval_top1'] for row in read_run(tmp_path / 'run').curve)
+    model = load_pretrained(f'local-dir:{result.model_dir}')
+    assert result.top1 == pytest.approx(best)
+    assert evaluate(model, load_images(photos, 'test', size=32, img_mode='L'))['top1'] == pytest.approx(best)
+    config = json.loads((result.model_dir / 'config.json').read_text())
+    assert config['global_pool'] == 'max' and config['pretrained_cfg']['input_size'] == [1, 32, 32]
+
+
+def test_a_model_without_weights(train_script, photos, tmp_path):
+    result = CliRunner().invoke(main, ['finetune', str(photos), '--model', 'resnet110_fa', '--output', str(tmp_path)])
+    assert result.exit_code == 2 and 'resnet110_fa has no weights yet; near models have' in result.output

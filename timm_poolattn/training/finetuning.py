@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..data import ImageData, ResidentDataset, ResidentLoader, list_classes
+from ..utils import replacing
 from .runner import train
 from .runs import read_run
 
@@ -38,9 +39,10 @@ class Finetuned:
 
     def table(self) -> str:
         """Per class: images, those found (recall), and how often the class's name was right (precision)."""
-        width = max(len('class'), *map(len, self.classes))
+        names = [''.join(c if c.isprintable() else '?' for c in name) for name in self.classes]
+        width = max(len('class'), *map(len, names))
         lines = [f'{"class":<{width}}  images  found  recall  precision']
-        for i, name in enumerate(self.classes):
+        for i, name in enumerate(names):
             images, named = self.confusion[i].sum().item(), self.confusion[:, i].sum().item()
             found = self.confusion[i, i].item()
             recall = f'{found / images:.1%}' if images else '-'
@@ -62,12 +64,12 @@ def finetune(data_dir: str | Path, argv: Sequence[str] = (), **options) -> Finet
         As `train`.
     """
     classes = list_classes(data_dir)
-    argv = ['--num-classes', str(len(classes)), *argv, '--data-dir', str(data_dir)]
+    argv = [*argv, '--num-classes', str(len(classes)), '--data-dir', str(data_dir)]
     run = read_run(train(argv, **{'recipe': 'finetune', **options}))
     model = run.build_model('best')
     run.save_model(model, run.folder / 'model')
     confusion = confusion_matrix(model, run.load_data(model), run.data_config(model))
-    figure = _draw(confusion, classes, run.folder / 'confusion.png')
+    figure = draw_confusion(confusion, classes, run.folder / 'confusion.png')
     return Finetuned(run.folder / 'model', classes, confusion, run.read_checkpoint('best')['epoch'], figure)
 
 
@@ -84,28 +86,38 @@ def confusion_matrix(model: nn.Module, data: ImageData, config: dict[str, Any]) 
     loader = ResidentLoader(
         dataset, config['input_size'], 500, is_training=False, mean=config['mean'], std=config['std']
     )
-    confusion = torch.zeros(n * n, dtype=torch.long)
+    confusion = torch.zeros(n, n, dtype=torch.long)
     for input, target in loader:
-        confusion += (target * n + model(input).argmax(1)).bincount(minlength=n * n)
-    return confusion.view(n, n)
+        confusion.index_put_((target, model(input).argmax(1)), torch.ones_like(target), accumulate=True)
+    return confusion
 
 
-def _draw(confusion: torch.Tensor, classes: list[str], path: Path) -> Path | None:
+def draw_confusion(confusion: torch.Tensor, classes: Sequence[str], path: Path) -> Path | None:
+    """Draw a confusion matrix into `path`, at most 2,400 pixels wide however many classes; None without matplotlib.
+
+    Up to 30 classes have their counts in it, and up to 80 their names, which are plain text whatever is in them.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return None
-    side = 2 + 0.4 * len(classes)
+    n = len(classes)
+    side = min(2 + 0.4 * n, 15)
     figure = Figure((side + 1, side), layout='constrained')
     axes = figure.subplots()
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     image = axes.imshow(share.numpy(), cmap='Blues', vmin=0, vmax=1)
-    for i, j in confusion.nonzero().tolist() if len(classes) <= 30 else ():
+    for i, j in confusion.nonzero().tolist() if n <= 30 else ():
         color = 'white' if share[i, j] > 0.5 else 'black'
         axes.text(j, i, confusion[i, j].item(), ha='center', va='center', color=color)
-    axes.set_xticks(range(len(classes)), classes, rotation=90)
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set(xlabel='predicted', ylabel='class')
+    if n <= 80:
+        names = [name if len(name) <= 24 else f'{name[:23]}…' for name in classes]
+        style = dict(parse_math=False, fontsize=10 if n <= 30 else 6)
+        axes.set_xticks(range(n), names, rotation=90, **style)
+        axes.set_yticks(range(n), names, **style)
+    number = ' (number)' if n > 80 else ''
+    axes.set(xlabel=f'predicted{number}', ylabel=f'class{number}')
     figure.colorbar(image, label="share of the class's images")
-    figure.savefig(path, dpi=150)
+    with replacing(path) as temp:
+        figure.savefig(temp, dpi=150)
     return path

@@ -5,14 +5,13 @@ import importlib.util
 import logging
 import os
 import sys
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
 import timm
 import torch
 
-from ..utils import cache_dir
+from ..utils import MissingFileError, UserError, cache_dir, replacing
 
 _logger = logging.getLogger(__name__)
 
@@ -37,13 +36,13 @@ def find_train_script(path: str | Path | None = None, *, allow_unpinned: bool = 
         allow_unpinned: download also where this package knows no SHA-256 to check the file against. Default: False.
 
     Raises:
-        FileNotFoundError: a file that was named is missing, or none was found; the message says the three ways.
-        ValueError: the download has no pinned hash or another one than pinned; the message says its hash.
+        MissingFileError: a file that was named is missing, or none was found; the message says the three ways.
+        UserError: the download has no pinned hash or another one than pinned; the message says its hash.
     """
     for source, given in (('--timm-script', path), ('TIMM_TRAIN_SCRIPT', os.environ.get('TIMM_TRAIN_SCRIPT'))):
         if given:
             if not Path(given).is_file():
-                raise FileNotFoundError(f'{source}: no file {given}. {_THREE_WAYS}')
+                raise MissingFileError(f'{source}: no file {given}. {_THREE_WAYS}')
             return Path(given)
     for folder in (Path.cwd(), Path.cwd().parent):
         script = folder / 'pytorch-image-models' / 'train.py'
@@ -57,16 +56,13 @@ def _download(allow_unpinned: bool) -> Path:
     script = cache_dir() / f'timm-train-{tag}.py'
     if script.is_file() and _check(script, tag, allow_unpinned):
         return script
-    script.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=script.parent) as folder:
-        temp = Path(folder, script.name)
+    with replacing(script) as temp:
         try:
             torch.hub.download_url_to_file(URL.format(tag=tag), str(temp), progress=False)
         except OSError as e:
-            raise FileNotFoundError(f'{URL.format(tag=tag)}: {e}. {_THREE_WAYS}') from e
+            raise MissingFileError(f'{URL.format(tag=tag)}: {e}. {_THREE_WAYS}') from e
         if not _check(temp, tag, allow_unpinned):
-            raise ValueError(f'{URL.format(tag=tag)}: SHA-256 is {_sha256(temp)}, pinned is {PINNED[tag]}; not used')
-        os.replace(temp, script)
+            raise UserError(f'{URL.format(tag=tag)}: SHA-256 is {_sha256(temp)}, pinned is {PINNED[tag]}; not used')
     return script
 
 
@@ -79,7 +75,7 @@ def _check(script: Path, tag: str, allow_unpinned: bool) -> bool:
     if tag in PINNED:
         return _sha256(script) == PINNED[tag]
     if not allow_unpinned:
-        raise ValueError(
+        raise UserError(
             f'train.py of timm {tag} has no pinned SHA-256; this file has {_sha256(script)}. Read it, then'
             f' --allow-unpinned-script runs it, or --timm-script PATH a file of your own'
         )

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import timm
-from safetensors.torch import save_file
-from timm.models import load_state_dict
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from ..inference import load_pretrained
+from ..models import check_model_name
+from ..utils import MissingFileError, UserError, replacing
 
 
 def warm_start(model: str, source: str, out: str | Path) -> dict[str, int]:
@@ -26,23 +29,30 @@ def warm_start(model: str, source: str, out: str | Path) -> dict[str, int]:
         `copied` and `new`, numbers of tensors.
 
     Raises:
-        ValueError: no tensor fits.
+        UserError: an unknown `model`, a `source` that is none or of which no tensor fits, or `out` cannot be written.
     """
-    net = timm.create_model(model)
-    is_file = Path(source).suffix == '.safetensors'
-    weights = load_state_dict(str(source), device='cpu') if is_file else load_pretrained(source).state_dict()
+    net = timm.create_model(check_model_name(model))
+    weights = _read(source)
     state = net.state_dict()
     copied = {name: weights[name] for name in state if name in weights and weights[name].shape == state[name].shape}
     if not any(value.ndim > 1 for value in copied.values()):
-        raise ValueError(f'{source}: nothing in it fits {model}; take a model of the same family')
+        raise UserError(f'{source}: nothing in it fits {model}; take a model of the same family')
     for prefix, module in net.named_modules():
         if hasattr(module, 'zero_init_last') and not any(name.startswith(f'{prefix}.') for name in copied):
             module.zero_init_last()
     net.load_state_dict(copied, strict=False)
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temp = out.with_name(f'.{out.name}.tmp')
     metadata = dict(warm_start=f'{Path(source).name} {model}')  # as the command has them; `train` records it
-    save_file({name: value.contiguous() for name, value in net.state_dict().items()}, temp, metadata)
-    temp.replace(out)
+    with replacing(out) as temp:
+        save_file({name: value.contiguous() for name, value in net.state_dict().items()}, temp, metadata)
     return dict(copied=len(copied), new=len(state) - len(copied))
+
+
+def _read(source: str) -> dict[str, torch.Tensor]:
+    if Path(source).suffix != '.safetensors':
+        return load_pretrained(check_model_name(source)).state_dict()
+    if not Path(source).is_file():
+        raise MissingFileError(f'{source}: no such file')
+    try:
+        return load_file(source)
+    except SafetensorError as e:
+        raise UserError(f'{source}: no safetensors file ({e})') from e
