@@ -124,3 +124,26 @@ def test_import_is_all_that_import_does(tmp_path):
         [sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=tmp_path, check=True
     )
     assert done.stdout.strip() == '[]' and not list(tmp_path.iterdir())
+
+
+def test_the_command_loads_what_it_needs(tmp_path):
+    """`poolattn list` and `-h` do without torch and timm; what needs the models finds them registered."""
+    command = tmp_path / 'bin' / 'poolattn'
+    command.parent.mkdir()
+    command.write_text(
+        'import sys\nfrom timm_poolattn.cli import main\n'
+        'try:\n    main()\nfinally:\n    print(sorted({"torch", "timm"} & sys.modules.keys()), file=sys.stderr)\n'
+    )
+    (tmp_path / 'script.py').write_text(
+        'import timm, timm_poolattn\ntimm.create_model("resnet20_saam")\n'
+        'print(timm_poolattn.SPEM, timm_poolattn.insert)'
+    )
+
+    def run(*args):
+        env = {**os.environ, 'PYTHONPATH': str(ROOT)}
+        return subprocess.run([sys.executable, command, *map(str, args)], capture_output=True, text=True, env=env)
+
+    for args in (['list'], ['list', '--json', '--trained'], ['-h'], ['hub', 'publish', '-h'], ['train', '-h']):
+        assert run(*args).stderr.strip().splitlines()[-1] == '[]', args
+    done = run('run', tmp_path / 'script.py')
+    assert 'SPEM' in done.stdout and done.stderr.strip().splitlines()[-1] == "['timm', 'torch']", done.stderr

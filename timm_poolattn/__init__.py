@@ -1,7 +1,8 @@
 """Pooling-based attention for timm. Importing the package registers its models with timm's factory."""
 
-from .layers import CBAM, SAAM, SGE, SPEM, SRM, Association, Focus, FocusAssociation, create_gate
-from .models import CifarInceptionV4, CifarResNet, CifarVgg, FaResNet, GatedResNet, insert, remove, set_skip_threshold
+import os
+import sys
+
 from .version import __version__ as __version__
 
 __all__ = [
@@ -23,3 +24,26 @@ __all__ = [
     'remove',
     'set_skip_threshold',
 ]
+
+
+# The command `poolattn` loads torch and timm, which take seconds, only where it needs them. Any other import has all.
+if os.path.basename(''.join(sys.argv[:1])) not in ('poolattn', 'poolattn.exe'):
+    from .layers import CBAM, SAAM, SGE, SPEM, SRM, Association, Focus, FocusAssociation, create_gate
+    from .models import (
+        CifarInceptionV4,
+        CifarResNet,
+        CifarVgg,
+        FaResNet,
+        GatedResNet,
+        insert,
+        remove,
+        set_skip_threshold,
+    )
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from . import layers, models
+
+    return getattr(layers if hasattr(layers, name) else models, name)

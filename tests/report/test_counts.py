@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 
+from timm_poolattn.models import FAMILIES
 from timm_poolattn.report import counts
 from timm_poolattn.report.counts import count_model, countable, look_up_count
 from timm_poolattn.report.model_list import list_models
@@ -14,7 +16,13 @@ SAMPLE = ['resnet20_saam', 'resnet56_fase', 'resnet83_spem', 'vgg19_se', 'resnex
 
 
 def test_every_model_and_row_is_there():
-    assert PACKAGED.keys() == countable().keys(), 'python -m timm_poolattn.report.counts'
+    assert list(PACKAGED) == list(countable()), 'python -m timm_poolattn.report.counts'
+    for family in FAMILIES:
+        of_family = [row['model'] for row in list_models() if row['family'] == family]
+        assert of_family == timm.list_models(module=family)
+        assert [row['model'] for row in list_models('resnet*_saam') if row['family'] == family] == timm.list_models(
+            'resnet*_saam', module=family
+        )
 
 
 @pytest.mark.parametrize('name', SAMPLE)

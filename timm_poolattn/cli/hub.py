@@ -4,8 +4,7 @@ from pathlib import Path
 
 import click
 
-from ..models import HUB_ORG
-from ..utils import UserError
+from ..utils import HUB_ORG, UserError
 from .options import dataset_option, echo_json, json_option, split_option
 
 endpoint_option = click.option('--endpoint', help='Of the Hub. Default: $HF_ENDPOINT, or https://huggingface.co.')
@@ -84,7 +83,7 @@ def publish(ctx, targets, everything: bool, as_json: bool, **options) -> None:
     TARGETS are names or folders of releases. The exit code is 1 where one fails.
     """
     from ..hub import publish
-    from ..models import released
+    from ..utils import released
 
     if bool(targets) == everything:
         raise UserError('name the releases to publish, or take --all of them')

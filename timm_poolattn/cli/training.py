@@ -115,6 +115,8 @@ def run(script: str, args) -> None:
         raise MissingFileError(
             f"{script}: no such file; a checkout of huggingface/pytorch-image-models has timm's scripts"
         )
+    from .. import models  # noqa: F401  registers them
+
     sys.argv = [script, *args]
     sys.path.insert(0, str(Path(script).resolve().parent))  # where python looks first for what a script imports
     runpy.run_path(script, run_name='__main__')

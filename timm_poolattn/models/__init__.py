@@ -1,6 +1,7 @@
+from ..utils import HUB_ORG, hub_configs_dir, released
 from . import cifar_resnext  # noqa: F401  registers, and has no class of its own
-from ._pretrained import HUB_ORG, HubError, data_sha256, hub_errors, hub_org, redact
-from ._registry import FAMILIES, check_model_name, hub_configs_dir, no_weights, release_args, released
+from ._pretrained import HubError, data_sha256, hub_errors, hub_org, redact
+from ._registry import FAMILIES, check_model_name, no_weights, release_args
 from ._stage import set_skip_threshold
 from .cifar_inception_v4 import CifarInceptionV4
 from .cifar_resnet import CifarResNet

@@ -22,10 +22,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg
 
-from ..utils import UserError
-
-#: Environment variable that names the organisation whose Hub repositories `pretrained=True` uses.
-HUB_ORG = 'TIMM_POOLATTN_HUB_ORG'
+from ..utils import HUB_ORG, UserError
 
 
 def hub_org() -> str:

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,25 +12,13 @@ from timm.models import generate_default_cfgs, register_model, resolve_pretraine
 from torch import nn
 
 from ..papers import DATASETS
-from ..utils import UserError, look_up
-from ._pretrained import HUB_ORG, fetch_weights, hub_org
+from ..utils import HUB_ORG, UserError, look_up, released
+from ._pretrained import fetch_weights, hub_org
 
 #: Modules of models, as timm.list_models(module=...) names them.
 FAMILIES = ('cifar_inception_v4', 'cifar_resnet', 'cifar_resnext', 'cifar_vgg', 'gated_resnet')
 #: Arguments that say what a model is for, not how it is built. timm reads them from elsewhere in a config.json.
 _HEAD_ARGS = ('in_chans', 'num_classes')
-
-
-def hub_configs_dir() -> Path:
-    """The release folders: inside an installed package, or beside the package in a source checkout."""
-    package = Path(__file__).parent.parent
-    packaged = package / 'hub_configs'
-    return packaged if packaged.is_dir() else package.parent / 'hub_configs'
-
-
-def released() -> dict[str, Path]:
-    """Release folders by `<arch>.<tag>`, in order of name."""
-    return {path.parent.name: path.parent for path in sorted(hub_configs_dir().glob('[!.]*/config.json'))}
 
 
 def data_config(tag: str) -> dict[str, Any]:

@@ -8,10 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import timm
 from tqdm import tqdm
 
-from ..models import FAMILIES, multiply_adds
 from ..papers import model_args, table_rows
 from ..utils import write_text
 
@@ -23,25 +21,35 @@ def _key(args: dict[str, Any]) -> str:
 
 
 @cache
-def _packaged() -> dict[str, dict[str, Any]]:
+def packaged_counts() -> dict[str, dict[str, Any]]:
+    """`count_model` of what is `countable`, by its key; our names first, by family and in order."""
     return json.loads(_FILE.read_text())
 
 
 def count_model(**args) -> dict[str, Any]:
-    """`gate` (None for none), `parameters` and `multiply_adds` of the model that timm.create_model(**args) builds."""
+    """`family`, `gate` (None for none), `parameters` and `multiply_adds` of what timm.create_model(**args) builds."""
+    import timm  # which takes seconds, and whoever reads the file needs none of it
+
+    from ..models import multiply_adds
+
     model = timm.create_model(**args, device='meta').to_empty(device='cpu')  # no initialisation
     parameters = sum(p.numel() for p in model.parameters())
-    return dict(gate=model.gate, parameters=parameters, multiply_adds=multiply_adds(model))
+    family = timm.models.model_entrypoint(args['model_name'].partition('.')[0]).__module__.rpartition('.')[2]
+    return dict(family=family, gate=model.gate, parameters=parameters, multiply_adds=multiply_adds(model))
 
 
 def look_up_count(**args) -> dict[str, Any]:
     """As `count_model`, from the file where it has them."""
-    return _packaged().get(_key(args)) or count_model(**args)
+    return packaged_counts().get(_key(args)) or count_model(**args)
 
 
 def countable() -> dict[str, dict[str, Any]]:
     """Arguments of timm.create_model by their key in the file: of every name of ours, and of the papers' rows."""
-    names = [dict(model_name=name) for name in timm.list_models(module=FAMILIES)]
+    import timm
+
+    from ..models import FAMILIES
+
+    names = [dict(model_name=name) for family in FAMILIES for name in timm.list_models(module=family)]
     return {_key(args): args for args in [*names, *map(model_args, table_rows())]}
 
 

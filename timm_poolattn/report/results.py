@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..models import released
-from ..utils import MissingFileError, UserError
+from ..utils import MissingFileError, UserError, released
 
 #: results.json of the runs that no release folder holds, one file each.
 RESULTS_DIR = Path(__file__).parent / 'results'

@@ -3,13 +3,17 @@ from .devices import look_up_device
 from .errors import MissingFileError, UserError
 from .files import remove_leftovers, replacing, write_text
 from .names import look_up
+from .releases import HUB_ORG, hub_configs_dir, released
 
 __all__ = [
+    'HUB_ORG',
     'MissingFileError',
     'UserError',
     'cache_dir',
+    'hub_configs_dir',
     'look_up',
     'look_up_device',
+    'released',
     'remove_leftovers',
     'replacing',
     'write_text',

@@ -1,8 +1,13 @@
 """The one look-up of devices."""
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def look_up_device(name: str | None = None) -> torch.device:
@@ -11,6 +16,8 @@ def look_up_device(name: str | None = None) -> torch.device:
     Raises:
         UserError: no such device here.
     """
+    import torch  # which takes seconds, and most who import this room do not need it
+
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name)
