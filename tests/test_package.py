@@ -1,9 +1,12 @@
 """The wheel: what it carries, and that an installed one, a checkout and an editable install behave the same."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -147,3 +150,34 @@ def test_the_command_loads_what_it_needs(tmp_path):
         assert run(*args).stderr.strip().splitlines()[-1] == '[]', args
     done = run('run', tmp_path / 'script.py')
     assert 'SPEM' in done.stdout and done.stderr.strip().splitlines()[-1] == "['timm', 'torch']", done.stderr
+
+
+def imported(*folders):
+    """The libraries that the code in `folders` imports, by name of their distribution."""
+    names = set()
+    for path in (path for folder in folders for path in (ROOT / folder).rglob('*.py')):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition('.')[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module.partition('.')[0])
+    names -= {'timm_poolattn', *sys.stdlib_module_names}
+    distributions = packages_distributions()
+    return {normal(distributions.get(name, [name])[0]) for name in names}
+
+
+def normal(requirement):
+    return re.match(r'[\w.-]+', requirement)[0].replace('_', '-').lower()
+
+
+def test_imports_are_declared():
+    tomllib = pytest.importorskip('tomllib')  # since Python 3.11
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
+    needed = set(map(normal, project['dependencies']))
+    extras = {name: set(map(normal, of_extra)) for name, of_extra in project['optional-dependencies'].items()}
+    used = imported('timm_poolattn', 'train_scripts')
+    assert used <= needed | extras['explain'] | extras['onnx'], 'a library that is imported is declared'
+    assert needed <= used, 'a library that is declared is imported'
+    everywhere = imported('tests') - {'tests', 'ours', 'pytest-timeout'}
+    assert everywhere <= needed.union(*extras.values())
+    assert extras['demo'] | extras['explain'] | extras['onnx'] <= extras['test']

@@ -54,9 +54,11 @@ def run(suite, names, timeout, *options):
     assert 'failed' not in done.stdout and passed >= 11 * len(names), done.stdout[-2000:]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_small_and_middle_sized(suite):
-    run(suite, DEFAULT, 900)
+    """What `.ci/run` calls."""
+    run(suite, DEFAULT, 1200, '-n', '2')
 
 
 @pytest.mark.slow

@@ -55,9 +55,7 @@ class Poolattn(click.Group):
             click.echo(str(e) or 'interrupted', err=True)
             sys.exit(130)  # a shell's code for it
         except (ValueError, FileNotFoundError) as e:
-            if isinstance(e, FileNotFoundError) or _raised_by_us(
-                e
-            ):  # for a mistake of the user; any other is a defect and keeps its traceback
+            if isinstance(e, FileNotFoundError) or _raised_by_us(e):  # others are defects, with their traceback
                 raise OneLineError(str(e)) from e
             raise
 
