@@ -1,11 +1,14 @@
 """Where what can be made again is kept."""
 
 import os
+import tempfile
 from pathlib import Path
 
 
 def cache_dir() -> Path:
     """Folder of decoded data and of the downloaded train script: $TIMM_POOLATTN_CACHE, or the user's cache folder."""
-    if 'TIMM_POOLATTN_CACHE' in os.environ:
-        return Path(os.environ['TIMM_POOLATTN_CACHE']).expanduser()
-    return Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'timm_poolattn'
+    path = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'timm_poolattn')
+    try:
+        return Path(os.environ.get('TIMM_POOLATTN_CACHE') or path).expanduser()
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir(), 'timm_poolattn')

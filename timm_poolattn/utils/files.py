@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ except ModuleNotFoundError:  # Windows, where a killed run's leftovers stay unti
 _REFUSED = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOTEMPTY),
+    *(errno.ELOOP, errno.EIO, errno.EBUSY),
 )
 
 
@@ -113,12 +115,14 @@ def _refusals(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as e:
-        # safetensors' and torch's writers lose the errno, and keep the words or the place
-        known = getattr(e, 'errno', None) in _REFUSED or 'os error 28' in str(e) or 'No space left' in str(e)
+        # safetensors' and torch's writers keep the error number, or its words, in the message alone
+        code = re.search(r'os error (\d+)', str(e))
+        number = int(code[1]) if code else getattr(e, 'errno', None)
+        known = number in _REFUSED or 'No space left' in str(e)
         full = isinstance(e, RuntimeError) and _free(path) < 2**20
         if not known and not full:
             raise
-        reason = getattr(e, 'strerror', None) or 'no space left on the disk'
+        reason = getattr(e, 'strerror', None) or (os.strerror(number) if number else 'no space left on the disk')
         raise UserError(f'{path}: cannot be written: {reason}; {_free(path) / 1e9:.2f} GB are free there') from e
 
 
