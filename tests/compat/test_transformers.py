@@ -7,8 +7,11 @@ import sys
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from timm_poolattn.models import released
+
+from ..hub.conftest import hub  # noqa: F401  a Hub on this machine
 
 transformers = pytest.importorskip('transformers')
 pytestmark = pytest.mark.compat
@@ -74,3 +77,16 @@ def test_without_the_import():
     said = done.stderr.splitlines()[-1].replace(timm.__version__, '1.0.31')
     assert done.returncode and said.startswith('ImportError: ')
     assert said in (released()[NAME] / 'README.md').read_text().splitlines()
+
+
+def test_from_a_hub_repository(hub, folder, tmp_path):  # noqa: F811
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+    hub.add(f'org/{folder.name}', files)
+    model = transformers.AutoModelForImageClassification.from_pretrained(f'org/{folder.name}').eval()
+    images = torch.randn(4, 3, 32, 32)
+    expected = timm.create_model(f'hf-hub:org/{folder.name}', pretrained=True).eval()(images)
+    torch.testing.assert_close(model(images).logits, expected)
+    photo = tmp_path / 'photo.png'
+    Image.fromarray(torch.randint(0, 256, (60, 80, 3), dtype=torch.uint8).numpy()).save(photo)
+    (best, *_) = transformers.pipeline('image-classification', f'org/{folder.name}')(str(photo))
+    assert best['label'] in json.loads(files['config.json'])['label_names']

@@ -2,6 +2,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +24,11 @@ from timm_poolattn.data import load_images
 from timm_poolattn.hub import model_card, release, verify
 from timm_poolattn.hub.card import GATE_NOTES
 from timm_poolattn.inference import evaluate
-from timm_poolattn.models import FAMILIES, multiply_adds
+from timm_poolattn.models import FAMILIES, multiply_adds, released
 from timm_poolattn.papers import paper_top1
+from timm_poolattn.report.model_list import list_models
 from timm_poolattn.training.timm_script import load_train_script
-from timm_poolattn.utils import UserError
+from timm_poolattn.utils import UserError, replacing
 
 from .conftest import KILL_POINTS
 
@@ -322,3 +324,36 @@ def test_killed(run_dir, tmp_path, point):
     release(run_dir, 'cifar10', out=out)
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
     assert sorted(p.name for p in out.iterdir()) == ['neighbour.cifar10', folder.name]
+
+
+def test_what_a_kill_left_is_ignored(tmp_path):
+    """`list`, `report` and the cards, in a checkout where a release was killed while it wrote."""
+    root = Path(__file__).parents[2]
+    for name in ('timm_poolattn', 'hub_configs', 'train_scripts'):
+        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns('*.safetensors', '__pycache__'))
+    shutil.copy(root / 'CITATION.cff', tmp_path)
+    folder = tmp_path / 'hub_configs' / 'resnet20_saam.photos'
+    pid = os.fork()
+    if not pid:
+        with replacing(folder) as temp:
+            temp.mkdir()
+            for file in ('config.json', 'results.json'):
+                (temp / file).write_text('{"model": "resnet20_')
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert list(folder.parent.glob('.resnet20_saam.photos*/resnet20_saam.photos/config.json'))
+    code = (
+        'import json, runpy, timm_poolattn\n'
+        'from timm_poolattn.models import released\n'
+        'from timm_poolattn.report.model_list import list_models\n'
+        'from timm_poolattn.report.page import write_report\n'
+        "runpy.run_module('timm_poolattn.hub', run_name='__main__')\n"
+        "text = write_report('report.html').read_text()\n"
+        'print(json.dumps([[*released()], [[r["model"], r["top1"]] for r in list_models(trained=True)], text]))'
+    )
+    env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    done = subprocess.run([sys.executable, '-c', code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names, rows, page = json.loads(done.stdout)
+    assert names == [*released()] and 'photos' not in page and 'resnet20_saam' in page
+    assert rows == [[row['model'], row['top1']] for row in list_models(trained=True)]
