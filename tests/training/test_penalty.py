@@ -3,11 +3,14 @@ import math
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from timm_poolattn.layers import SPEM
 from timm_poolattn.training import PenaltyTask
+
+from .test_recipes import recipe
 
 INPUT, TARGET = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
 
@@ -75,3 +78,50 @@ def test_moves_with_its_model():
     _, task = both('resnet20_spem')
     task.to(torch.float64)
     assert task(INPUT.double(), TARGET)['loss'].dtype == torch.float64
+
+
+@pytest.mark.parametrize('opt', ['nmuon', 'adamw', 'adam', 'lamb'])
+def test_p_neither_vanishes_nor_grows(opt):
+    """300 updates by an optimizer whose steps do not follow the gradient's size, eta as in the paper."""
+    torch.manual_seed(0)
+    model = timm.create_model('resnet20_spem', num_classes=4)
+    model.stages = model.stages[:1]  # small: three gates of 16 channels
+    model.head.fc = nn.Linear(16, 4)
+    task = PenaltyTask(model, nn.CrossEntropyLoss()).train()
+    kwargs = recipe('cpu')['opt_kwargs'] if opt == 'nmuon' else dict(filter_bias_and_bn=False)
+    optimizer = create_optimizer_v2(model, opt, lr=0.03 if opt == 'nmuon' else 0.009, weight_decay=0.1, **kwargs)
+    task.decouple(optimizer)
+    images, targets = torch.randn(64, 3, 8, 8), torch.arange(64) % 4
+    images += targets.view(-1, 1, 1, 1)
+    for step in range(300):
+        batch = torch.randperm(64)[:16]
+        optimizer.zero_grad()
+        task(images[batch], targets[batch])['loss'].backward()
+        optimizer.step()
+        for gate in task.gates:
+            assert 0 <= gate.pool_lambda().item() <= 1, step
+            assert 0.05 < gate.p.norm().item() < 1.5, step
+
+
+def test_the_decoupled_step_is_sgds():
+    """While gamma is 0 the loss does not move p; an update by Adam is then the penalty's of SGD: p - lr * 2 eta p."""
+    model = timm.create_model('resnet20_spem').eval()
+    task = PenaltyTask(model, nn.CrossEntropyLoss(), penalty_weight=0.1)
+    optimizer = create_optimizer_v2(model, 'adamw', lr=0.01, weight_decay=0.5, filter_bias_and_bn=False)
+    task.decouple(optimizer)
+    result = task(INPUT, TARGET)
+    assert result['penalty'].item() == pytest.approx(9 * 0.5)
+    result['loss'].backward()
+    optimizer.step()
+    for gate in task.gates:
+        torch.testing.assert_close(gate.p.data, torch.full((2,), 0.5 * (1 - 0.01 * 2 * 0.1)))
+    assert sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize('name', ['resnet20_saam', 'resnet20'])
+def test_a_model_without_p_keeps_its_groups(name):
+    _, task = both(name)
+    optimizer = create_optimizer_v2(task.trainable_module, 'adamw', lr=0.01)
+    groups = [list(map(id, group['params'])) for group in optimizer.param_groups]
+    task.decouple(optimizer)
+    assert [list(map(id, group['params'])) for group in optimizer.param_groups] == groups

@@ -25,7 +25,7 @@ def recipe(name):
 
 def test_names():
     papers = {'spem-cifar10', 'spem-cifar100', 'saam-cifar10', 'saam-cifar100', 'fa-cifar10', 'fa-cifar100'}
-    ours = {'modern-cifar', 'finetune', 'cpu-short'}
+    ours = {'modern-cifar', 'finetune', 'cpu', 'cpu-short'}
     assert recipes().keys() == papers | {'fa-tiny-imagenet', 'fa-imagenet5'} | ours
 
 
