@@ -19,7 +19,9 @@ from .rows import recipe_name, report_rows
 
 _PACKAGE = Path(__file__).parents[1]
 #: The files with tables between marks.
-READMES = (_PACKAGE.parent / 'README.md', _PACKAGE / 'bench' / 'README.md')
+READMES = tuple(
+    _PACKAGE.parent / name for name in ('README.md', 'hub_configs/README.md', 'timm_poolattn/bench/README.md')
+)
 RESULTS_CSV = RESULTS_DIR / 'results.csv'
 
 
