@@ -81,6 +81,19 @@ def test_wheel_and_checkout_behave_the_same(wheel, tmp_path):
     file, *checkout = use(ROOT, tmp_path)
     assert file.startswith(str(ROOT))
     assert installed == checkout
+    env = {**os.environ, 'PYTHONPATH': str(site)}
+    listed = subprocess.run(
+        [sys.executable, '-m', 'timm_poolattn', 'list', '--trained'],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=tmp_path,
+    ).stdout
+    lines = {line.split()[0]: line for line in listed.splitlines()[1:]}
+    for name in released():
+        arch, _, tag = name.partition('.')
+        marked = re.search(rf'{tag} [\d.]+ \(download\)', lines[arch])
+        assert bool(marked) != arch.startswith('resnet20_'), lines[arch]
 
 
 @pytest.mark.slow

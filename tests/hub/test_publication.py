@@ -373,7 +373,7 @@ class TestCommandLine:
         result = run('hub', 'publish', NAME, '--org', 'org')
         assert result.exit_code == 0 and f'published           {REPO}' in result.output
         result = run('hub', 'verify', f'hf-hub:{REPO}')
-        assert result.exit_code == 0 and result.stdout.count('ok  ') == 7
+        assert result.exit_code == 0 and result.stdout.count('ok  ') == 8
         monkeypatch.setenv('TIMM_POOLATTN_HUB_ORG', 'theirs')
         result = run('hub', 'publish', NAME)
         assert result.exit_code == 1 and 'failed' in result.output and '[403]' in result.output
