@@ -47,6 +47,7 @@ def refused(train_script, data, output, *options, match, kind=UserError, **kwarg
         (['--sched', 'cosin'], "unknown schedule 'cosin'; choose from cosine, "),
         (['--model', 'resnet110_fa', '--pretrained'], 'resnet110_fa has no weights yet; near models have: resnet'),
         (['--model-kwargs', 'colour=red'], '--model resnet20_spem.cifar10 with these arguments cannot be: .*colour'),
+        (['--model-kwargs', 'drop_rate=0.1'], '--model-kwargs: .*: drop_rate is --drop'),
         (['--model', 'resnet20.cifar100'], r'10 classes, and the model has 100; give --num-classes 10'),
         (['--num-classes', 9], '10 classes, and the model has 9; give --num-classes 10'),
     ],

@@ -17,6 +17,20 @@ from ..utils import MissingFileError, UserError, look_up
 
 #: Those of timm's create_scheduler_v2; of any other name it makes a constant rate without a word.
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'constant', 'none')
+#: What train.py gives to create_model, and the option for it.
+_OPTIONS = dict(
+    pretrained='pretrained',
+    in_chans='in-chans',
+    num_classes='num-classes',
+    drop_rate='drop',
+    drop_path_rate='drop-path',
+    drop_block_rate='drop-block',
+    global_pool='gp',
+    bn_momentum='bn-momentum',
+    bn_eps='bn-eps',
+    scriptable='torchscript',
+    checkpoint_path='initial-checkpoint',
+)
 
 
 def recipes() -> dict[str, Path]:
@@ -104,6 +118,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.kd_model_name:
         check_model_name(args.kd_model_name)
     check_device(args.device)
+    if twice := sorted((args.model_kwargs or {}).keys() & _OPTIONS.keys()):
+        said = ', '.join(f'{key} is --{_OPTIONS[key]}' for key in twice)
+        raise UserError(f'--model-kwargs: train.py has options of its own for these: {said}')
     look_up('optimizer', args.opt.lower().removeprefix('lookahead_'), list_optimizers(), 'for --opt')
     if args.sched:
         look_up('schedule', args.sched, _SCHEDULES, 'for --sched')
