@@ -43,9 +43,10 @@ from tqdm import tqdm
 
 import timm_poolattn  # noqa: F401  registers the models
 from timm_poolattn.data import load_images
-from timm_poolattn.models import hub_configs_dir
+from timm_poolattn.models import check_model_name, hub_configs_dir
 from timm_poolattn.report.results import RESULTS_DIR, load_results
 from timm_poolattn.training import newest_checkpoint, read_curve, recipes
+from timm_poolattn.utils import UserError, look_up, replacing, write_text
 
 HERE = Path(__file__).parent
 
@@ -80,8 +81,7 @@ class Run:
         """What is left to do, each to be run when the one before it has succeeded."""
         poolattn = [sys.executable, '-m', 'timm_poolattn']
         name, start = f'{self.model}.{self.data}', self.folder / 'warm-start.safetensors'
-        checkpoint = newest_checkpoint(self.folder)
-        begin = ['--resume', str(checkpoint)] if checkpoint else []
+        begin = ['--resume', 'auto']
         if self.warm_start:
             if not start.is_file():
                 yield [*poolattn, 'warm-start', self.warm_start, name, '-o', str(start)]
@@ -101,8 +101,8 @@ def read_manifest(path: Path, runs: Path) -> list[Run]:
     for entry in yaml.safe_load(path.read_text()):
         for model, data, seed in product(entry['models'], entry['data'], entry.get('seeds', [42])):
             recipe = entry['recipe'].format(data=data)
-            if recipe not in recipes():
-                raise click.ClickException(f'{path}: no recipe {recipe!r}; there are {", ".join(recipes())}')
+            look_up('recipe', recipe, recipes(), f'named in {path}')
+            check_model_name(f'{model}.{data}')
             warm_start = entry.get('warm_start', '').format(model=model) or None
             folder = runs / f'{model}.{data}-{recipe}-{seed}'
             todo.append(Run(model, data, recipe, seed, warm_start, tuple(entry.get('args', ())), folder))
@@ -200,18 +200,12 @@ def keep_better(new: Path, hub_configs: Path) -> Path:
     results = {path: json.loads((path / 'results.json').read_text()) for path in (new, here) if path.exists()}
     worst_first = sorted(results, key=lambda path: results[path]['last_epoch_top1'])
     for worse in worst_first[:-1]:
-        RESULTS_DIR.mkdir(exist_ok=True)
         name = '{model}.{tag}-{recipe}-{seed}.json'.format(**{'recipe': 'unnamed', **results[worse]})
-        shutil.copy(worse / 'results.json', RESULTS_DIR / name)
+        write_text(RESULTS_DIR / name, (worse / 'results.json').read_text())
     if worst_first[-1] == here:
         return RESULTS_DIR / name
-    staged, old = (hub_configs / f'.{new.name}.{suffix}' for suffix in ('new', 'old'))
-    shutil.rmtree(staged, ignore_errors=True)
-    shutil.copytree(new, staged)  # the runs may lie on another disk, and only a rename cannot be half done
-    if here.exists():
-        here.rename(old)
-    staged.rename(here)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing(here) as staged:  # the runs may lie on another disk
+        shutil.copytree(new, staged)
     return here
 
 
@@ -265,7 +259,10 @@ def main(data_root: Path, manifest: Path, runs: Path, time_budget: float, jobs: 
     deadline = time.monotonic() + 3600 * time_budget
     signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated; the same command goes on'))  # runs the finally
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    todo = read_manifest(manifest, runs)
+    try:
+        todo = read_manifest(manifest, runs)
+    except UserError as e:
+        raise click.ClickException(str(e)) from e
     for data in sorted({run.data for run in todo if not (data_root / run.data).is_dir()}):
         click.echo(f'left out: {sum(run.data == data for run in todo)} runs on {data}, which {data_root} does not hold')
     todo = [run for run in todo if (data_root / run.data).is_dir()]

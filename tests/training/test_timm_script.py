@@ -6,6 +6,7 @@ import pytest
 import timm
 
 from timm_poolattn.training import find_train_script, timm_script
+from timm_poolattn.training.timm_script import load_train_script
 from timm_poolattn.utils import cache_dir
 
 SCRIPT = b'# a train.py\n'
@@ -105,6 +106,14 @@ def test_the_installed_timm_has_a_pinned_script():
     if tag not in timm_script.PINNED:
         pytest.skip(f'timm {timm.__version__} is newer than the pinned scripts')
     assert len(timm_script.PINNED[tag]) == 64
+    assert timm_script.TAGS.get('1.0.28', 'v1.0.28') in timm_script.PINNED
+
+
+def test_the_pinned_script_runs_with_the_installed_timm(train_script):
+    """It imports, and has what we put our own in the place of."""
+    module = load_train_script(train_script)
+    for name in ('create_model', 'create_dataset', 'create_loader', 'create_optimizer_v2', 'train_one_epoch', 'main'):
+        assert callable(getattr(module, name))
 
 
 def test_pinned_hash_is_the_scripts(train_script):
