@@ -82,7 +82,7 @@ def test_tiny_imagenet_form():
     model = timm.create_model('resnet56_fa.tiny_imagenet')
     assert model.num_classes == 200 and model.conv1.stride == (2, 2)
     assert model.forward_features(torch.randn(1, 3, 64, 64)).shape == (1, 64, 8, 8)
-    assert [info['reduction'] for info in model.feature_info] == [2, 2, 4, 8]
+    assert [info['reduction'] for info in model.feature_info] == [2, 4, 8]
 
 
 def test_k_is_known_before_its_block_runs():

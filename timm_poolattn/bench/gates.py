@@ -45,7 +45,7 @@ def _map_sizes(models: Sequence[str]) -> dict[tuple[int, int], str]:
     for name in models:
         model = timm.create_model(name, device='meta')
         side = model.pretrained_cfg['input_size'][-1]
-        for info in model.feature_info[1:]:
+        for info in (info for info in model.feature_info if info['module'] != 'act1'):  # that of a stem
             sizes.setdefault((info['num_chs'], side // info['reduction']), name)
     return sizes
 

@@ -144,8 +144,15 @@ class StagedNet(nn.Module):
     """A stem, stages and a head, with timm's model API.
 
     A subclass sets `stages`, a ModuleList of modules with `forward(x, stage_ks)` as `Stage` has it, `head`, and
-    `feature_info` (the stem's first), and defines `forward_stem` and `stem_pattern`, of the stem's parameter names.
+    `feature_info` (the stem's first, if it is one), and defines `forward_stem` and `stem_pattern`, of the stem's
+    parameter names.
+
+    Attributes:
+        stem_feature: True if the stem's map is a feature. Features halve in size from one to the next, as decoders
+            want them, so a stem whose map has the first stage's size is none.
     """
+
+    stem_feature = True
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -194,7 +201,7 @@ class StagedNet(nn.Module):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Features of the stem (index 0) and of the stages.
+        """Features of the stem, if it is one (`stem_feature`), and of the stages.
 
         Args:
             x: (B, C, H, W).
@@ -205,13 +212,14 @@ class StagedNet(nn.Module):
             intermediates_only: leave out the final features.
         """
         assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
-        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
+        first = int(self.stem_feature)  # index of the first stage
+        take_indices, max_index = feature_take_indices(first + len(self.stages), indices)
         intermediates = []
         x = self.forward_stem(x)
-        if 0 in take_indices:
+        if first and 0 in take_indices:
             intermediates.append(x)
         stage_ks: list[torch.Tensor] = []
-        for i, stage in enumerate(self.stages[:max_index] if stop_early else self.stages, 1):
+        for i, stage in enumerate(self.stages[: max_index + 1 - first] if stop_early else self.stages, first):
             x = stage(x, stage_ks)
             if i in take_indices:
                 intermediates.append(x)
@@ -224,9 +232,10 @@ class StagedNet(nn.Module):
         prune_head: bool = True,
     ) -> list[int]:
         """Drop the stages (and the head) that these intermediates do not need; returns their indices."""
-        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
-        prune_end = max_index < len(self.stages)
-        self.stages = self.stages[:max_index]
+        first = int(self.stem_feature)
+        take_indices, max_index = feature_take_indices(first + len(self.stages), indices)
+        prune_end = max_index + 1 - first < len(self.stages)
+        self.stages = self.stages[: max_index + 1 - first]
         if prune_end:
             # the head is sized for the final features, so it goes with them
             self.num_features = self.head.in_features = self.feature_info[max_index]['num_chs']

@@ -89,6 +89,7 @@ class CifarInceptionV4(StagedNet):
     """
 
     stem_pattern = r'^stem'
+    stem_feature = False
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class CifarInceptionV4(StagedNet):
             Mixed5a(_conv, **dd),
         )
         reduction = 8 * img_size / max(img_size, self.least_side)  # of the image before it is padded
-        self.feature_info = [dict(num_chs=384, reduction=reduction, module='stem')]
+        self.feature_info = []
         small_conv = partial(_conv, seven=5)
         stages = []
         for s, (block, count, width) in enumerate(_STAGES):
@@ -157,7 +158,7 @@ def create_cifar_inception_v4(variant: str, pretrained: bool = False, **kwargs) 
         CifarInceptionV4,
         variant,
         pretrained,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
+        feature_cfg=dict(out_indices=(0, 1, 2), feature_cls='getter'),
         **kwargs,
     )
 

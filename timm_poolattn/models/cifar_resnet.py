@@ -202,6 +202,7 @@ class CifarResNet(StagedNet):
     """
 
     stem_pattern = r'^conv1|bn1'
+    stem_feature = False
 
     def __init__(
         self,
@@ -243,7 +244,7 @@ class CifarResNet(StagedNet):
         self.conv1 = nn.Conv2d(in_chans, block_cls.stem_width, 3, stride=stem_stride, padding=1, bias=False, **dd)
         self.bn1 = norm_layer(block_cls.stem_width, **dd)
         self.act1 = act_layer(inplace=True)
-        self.feature_info = [dict(num_chs=block_cls.stem_width, reduction=stem_stride, module='act1')]
+        self.feature_info = []
 
         gate_layer = {**GATES, **backbone.gates}[channel_gate] if channel_gate else None
         gate_kwargs = {**(gate_kwargs or {}), **dd}
@@ -335,7 +336,7 @@ def create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs) -> Cif
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
+        feature_cfg=dict(out_indices=(0, 1, 2), feature_cls='getter'),
         **kwargs,
     )
 

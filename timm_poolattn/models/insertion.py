@@ -15,8 +15,8 @@ from ._stage import Stage
 
 #: Images of a pass. With one, a map could not be told from a map without a batch.
 _BATCH_SIZE = 2
-#: Tried after the model's own size. Sides that differ tell height and width from channels.
-_SIZES = ((64, 96), (224, 224), (32, 32))
+#: Tried after the model's own size, from which both sides must differ: this tells height and width from channels.
+_SIZES = ((64, 96), (96, 160), (224, 224), (32, 32))
 
 
 class InsertedGate(nn.Module):
@@ -193,6 +193,8 @@ def _passes(model: nn.Module, calls: list[tuple]) -> list[_Pass]:
     first_error = None
     for channels in dict.fromkeys([getattr(model, 'in_chans', 3), *stems, 3]):
         for size in dict.fromkeys([tuple(config['input_size'][1:]), *_SIZES]):
+            if any(side == other for p in passes for side, other in zip(size, p.images.shape[2:], strict=True)):
+                continue
             images = torch.randn(_BATCH_SIZE, channels, *size, generator=generator).to(parameter)
             calls.clear()
             try:
