@@ -357,3 +357,58 @@ def test_what_a_kill_left_is_ignored(tmp_path):
     names, rows, page = json.loads(done.stdout)
     assert names == [*released()] and 'photos' not in page and 'resnet20_saam' in page
     assert rows == [[row['model'], row['top1']] for row in list_models(trained=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_onnx(run_dir, tmp_path):
+    """Both files, as ONNX Runtime runs them, say what results.json says of them; any other file is refused."""
+    onnx = pytest.importorskip('onnx')
+    run_dir, _ = run_dir
+    trained = timm.create_model('resnet20_saam.cifar10', pretrained=True)
+    torch.save(dict(epoch=1, state_dict=trained.state_dict()), run_dir / 'last.pth.tar')
+    folder = release(run_dir, 'cifar10', out=tmp_path / 'out', onnx=True)
+    results = json.loads((folder / 'results.json').read_text())
+    assert 'onnx/model.onnx' in results['onnx'] and '`onnx/model.onnx`' in (folder / 'README.md').read_text()
+    assert results['onnx']['onnx/model.onnx']['top1'] == results['test']['top1']
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    checks = verify(folder, data_dir=args['data_dir'])
+    assert [c.name for c in checks[-3:]] == ['forward', 'onnx', 'accuracy'] and checks[-1].ok, checks[-1]
+    path = folder / 'onnx' / 'model.onnx'
+    assert str(Path(__file__).parents[2]).encode() not in path.read_bytes()
+    facts = {prop.key: json.loads(prop.value) for prop in onnx.load(path).metadata_props}
+    assert facts['size'] == [3, 32, 32] and facts['labels'][3] == 'cat' and len(facts['mean']) == len(facts['std']) == 3
+
+    def fails(message):
+        check = verify(folder)[-1]
+        assert check.name == 'onnx' and not check.ok and message in check.detail, check
+
+    def write(data):
+        path.write_bytes(data)
+        results['onnx']['onnx/model.onnx']['sha256'] = hashlib.sha256(data).hexdigest()
+        (folder / 'results.json').write_text(json.dumps(results))
+
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    fails('not the file that results.json has the SHA-256 of')
+    write(b'nothing')
+    fails('onnx/model.onnx: ')
+    proto = onnx.load_from_string(good)
+    onnx.helper.set_model_props(proto, dict(labels='[]'))
+    write(proto.SerializeToString())
+    fails('labels in its metadata is not that of config.json')
+    proto = onnx.load_from_string(good)
+    proto.graph.node[0].domain = 'evil'
+    write(proto.SerializeToString())
+    fails('has operators of evil')
+    proto = onnx.load_from_string(good)
+    proto.graph.initializer[0].external_data.add(key='location', value='/etc/passwd')
+    write(proto.SerializeToString())
+    fails('keeps weights in another file')
+    proto = onnx.load_from_string(good)
+    weight = next(t for t in proto.graph.initializer if len(t.dims) == 4)
+    weight.raw_data = bytes(len(weight.raw_data))
+    write(proto.SerializeToString())
+    fails('its outputs differ')
+    path.unlink()
+    assert 'onnx' in verify(folder)[-1].detail

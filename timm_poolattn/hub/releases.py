@@ -19,6 +19,7 @@ from ..training.runs import CHECKPOINTS, read_run
 from ..utils import MissingFileError, UserError, look_up, replacing, write_text
 from ..version import __version__
 from .card import eval_result, model_card
+from .onnx_files import require_onnx, write_onnx
 from .verification import MODEL_ARGS, known_labels
 
 
@@ -30,6 +31,7 @@ def release(
     checkpoint: str = 'last',
     data_dir: str | Path | None = None,
     out: Path | None = None,
+    onnx: bool = False,
 ) -> Path:
     """Lay out `<name>.<tag>/` from a run of `poolattn train`.
 
@@ -47,6 +49,8 @@ def release(
             the exponential moving average where the run kept one.
         data_dir: the data to evaluate on. Default: the run's own.
         out: where the folder goes. Default: `hub_configs/`.
+        onnx: add `onnx/model.onnx`, and `onnx/model_quantized.onnx` in 8 bits where that costs at most 0.5 points of
+            top-1. results.json has the figures of both.
 
     Raises:
         MissingFileError: no finished run in `run_dir`.
@@ -56,6 +60,8 @@ def release(
     run_dir, out = Path(run_dir), out or hub_configs_dir()
     if not re.fullmatch('[a-z0-9_-]+', tag):
         raise UserError(f'tag {tag!r}: small letters, digits, _ and - make one up; {", ".join(DATASETS)} are taken')
+    if onnx:
+        require_onnx()
     run = read_run(run_dir)
     look_up('checkpoint', checkpoint, CHECKPOINTS)
     for file in ('run.json', 'summary.csv', CHECKPOINTS[checkpoint]):
@@ -92,6 +98,7 @@ def release(
         source = dict(timm_poolattn=__version__, git_commit=git_commit())
         weights = seal(temp / 'model.safetensors', dict(format='pt', architecture=arch, tag=tag, **source))
         written = create_model(f'local-dir:{temp}', pretrained=True)
+        test = evaluate(written, data)
         best = max(evaluated, key=lambda row: row['eval_top1'])
         results = dict(
             model=arch,
@@ -102,7 +109,8 @@ def release(
             weights=weights,
             checkpoint=dict(which=checkpoint, epoch=saved['epoch'], ema=run.has_ema(saved)),
             released_by=source,
-            test=evaluate(written, data),
+            test=test,
+            **(dict(onnx=write_onnx(written, temp, data, test['top1'])) if onnx else {}),
             epochs=int(curve[-1]['epoch']) + 1,
             last_epoch_top1=evaluated[-1]['eval_top1'],
             best_top1=best['eval_top1'],

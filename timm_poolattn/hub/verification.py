@@ -28,10 +28,13 @@ from ..models import FAMILIES, HubError, data_sha256, hub_errors, redact, releas
 from ..papers import DATASETS
 from ..utils import UserError, look_up
 from .card import eval_result, figures, metadata, model_card
+from .onnx_files import FLOAT, INT8, LARGEST_LOSS, OnnxModel, check_onnx
 
 #: Every file of a release; `.gitattributes` is the Hub's own.
 REQUIRED = ('config.json', 'model.safetensors', 'README.md', 'results.json')
-_ALLOWED = re.compile(rf'({"|".join(map(re.escape, REQUIRED))}|\.gitattributes|\.eval_results/\w+\.yaml)')
+_ALLOWED = re.compile(
+    rf'({"|".join(map(re.escape, (*REQUIRED, FLOAT, INT8)))}|\.gitattributes|\.eval_results/\w+\.yaml)'
+)
 _OTHER_WEIGHTS = re.compile(r'.*\.(bin|pt|pth|pth\.tar|tar|pkl|pickle|ckpt|npz|h5|onnx|msgpack|safetensors)')
 #: Arguments that timm writes into config.json and that leave the architecture as its name says.
 MODEL_ARGS = {'in_chans', 'num_classes', 'global_pool', 'stem_stride'}
@@ -52,8 +55,10 @@ _RESULTS = dict(
     arguments=dict, options=dict, versions=dict, hardware=str, curve=list,
 )  # fmt: skip
 #: The file that each check is about.
-_FILES = dict(header='model.safetensors', config='config.json', card='README.md') | dict.fromkeys(
-    ('parameters', 'values', 'hashes', 'forward'), 'model.safetensors'
+_FILES = (
+    dict(header='model.safetensors', config='config.json', card='README.md')
+    | dict.fromkeys(('parameters', 'values', 'hashes', 'forward'), 'model.safetensors')
+    | dict(onnx='onnx/')
 )
 #: The largest weight that is sound.
 LARGEST = 1e6
@@ -174,6 +179,8 @@ def verify_folder(
         release.card,
         release.forward,
     ]
+    if (folder / 'onnx').exists():
+        functions.append(release.onnx)
     if data_dir is not None:
         functions.append(lambda: release.accuracy(data_dir, split, dataset))
     checks = []
@@ -232,7 +239,8 @@ def _check_names(paths: list[str]) -> None:
             raise UserError(f'{path!r} leads out of the folder')
         if not _ALLOWED.fullmatch(path):
             kind = 'weights other than model.safetensors' if _OTHER_WEIGHTS.fullmatch(path) else 'unexpected'
-            raise UserError(f'{path}: {kind}; a release holds {", ".join(REQUIRED)} and .eval_results/*.yaml')
+            may = f'.eval_results/*.yaml, {FLOAT} and {INT8}'
+            raise UserError(f'{path}: {kind}; a release holds {", ".join(REQUIRED)}, and may hold {may}')
     if missing := set(REQUIRED).difference(paths):
         raise UserError(f'lacks {", ".join(sorted(missing))}')
 
@@ -266,7 +274,7 @@ class _Release:
             if path.is_symlink() or not path.is_file():
                 raise UserError(f'{path.name}: not a regular file')
         _check_names([p.relative_to(self.folder).as_posix() for p in paths])
-        return f'{len(paths)} files, safetensors the only weights'
+        return f'{len(paths)} files, safetensors the only weights' + ' beside ONNX' * (self.folder / 'onnx').exists()
 
     def header(self) -> str:
         try:
@@ -419,6 +427,8 @@ class _Release:
         except Exception as e:  # whatever the template misses
             raise UserError(f'results.json: no card can be written from it ({type(e).__name__}: {e})') from e
         top1, tag = self.results['test']['top1'], self.results['tag']
+        if self.results.get('onnx') and not (self.folder / 'onnx').exists():
+            raise UserError(f'results.json names {", ".join(self.results["onnx"])}, which are not there')
         path = self.folder / 'README.md'
         if path.stat().st_size > _LARGEST_TEXT:
             raise UserError(f'README.md: over {_LARGEST_TEXT:,} bytes')
@@ -460,6 +470,9 @@ class _Release:
             raise UserError('model.safetensors: two images that differ give the very same numbers')
         return f'an image gives {model.num_classes} finite numbers'
 
+    def onnx(self) -> str:
+        return check_onnx(self.folder, self.model(), self.results.get('onnx', {}), self.results['test']['top1'])
+
     def accuracy(self, data_dir: str | Path, split: str, dataset: str) -> str:
         claimed, model = self.results['test'], self.model()
         img_mode = 'L' if model.in_chans == 1 else 'RGB'
@@ -470,4 +483,9 @@ class _Release:
         detail = f'{measured["top1"]:.2f}% measured, {claimed["top1"]:.2f}% claimed'
         if abs(measured['top1'] - claimed['top1']) > TOLERANCE + 1e-9:
             raise UserError(f'{detail}: more than {TOLERANCE} apart')
+        for name, facts in self.results.get('onnx', {}).items():
+            top1 = evaluate(OnnxModel(self.folder / name, model), data)['top1']
+            apart = TOLERANCE if name == FLOAT else LARGEST_LOSS  # 8 bits are rounded as the processor does
+            if abs(top1 - facts['top1']) > apart + 1e-9:
+                raise UserError(f'{name}: {top1:.2f}% measured, {facts["top1"]:.2f}% claimed')
         return detail
