@@ -13,6 +13,7 @@ from torch import nn
 from timm_poolattn.cli import main
 from timm_poolattn.export import FORMATS, export
 from timm_poolattn.layers import GATES
+from timm_poolattn.utils import UserError
 
 QUICK = ['resnet20_saam', 'resnet20_fase']
 #: Every gate and every family.
@@ -88,6 +89,34 @@ def test_onnx(name, tmp_path):
     close(torch.from_numpy(logits), model(x).detach())
 
 
+@pytest.mark.parametrize('format', FORMATS)
+def test_a_model_that_skips_is_refused(format, tmp_path):
+    model = create('resnet20_fa')
+    model.set_skip_threshold(0.5)
+    with pytest.raises(UserError, match='cannot skip blocks'):
+        export(model, tmp_path / 'model', format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_graph_of_a_model_that_skips_is_the_plain_one():
+    """torch's own ways to a graph skip too, or raise."""
+    model, x = create('resnet20_fa'), torch.randn(3, 3, 32, 32)
+    plain = model(x)
+    model.set_skip_threshold(0.5)
+    skipping = model(x)
+    assert not torch.allclose(skipping, plain)
+    for graph_of in (
+        torch.jit.script,
+        lambda m: torch.jit.trace(m, x),
+        lambda m: torch.export.export(m, (x,)).module(),
+    ):
+        try:
+            graph = graph_of(model)
+        except Exception:
+            continue
+        close(graph(x), skipping)
+
+
 class TestCommand:
     def run(self, *args, code=0):
         result = CliRunner().invoke(main, ['export', *map(str, args)])
@@ -120,8 +149,13 @@ class TestCommand:
         assert "'tflite' is not one of 'onnx'" in self.run('resnet20_saam', out, '--format', 'tflite', code=2)
         monkeypatch.setattr('timm_poolattn.cli.options.find_spec', lambda name: None)
         assert "pip install 'timm_poolattn[onnx]'" in self.run('resnet20_saam', *arguments, code=2)
-        with pytest.raises(ValueError, match="unknown format 'tflite'; choose from onnx, torchscript, pt2"):
+        with pytest.raises(UserError, match="unknown format 'tflite'; choose from onnx, torchscript, pt2"):
             export(timm.create_model('resnet20'), out, 'tflite')
+        (tmp_path / 'folder').mkdir()
+        assert 'is a directory' in self.run('resnet20_saam', tmp_path / 'folder', '--format', 'pt2', code=2)
+        with pytest.raises(UserError, match='is a folder; name a file'):
+            export(timm.create_model('resnet20', depth=8), tmp_path / 'folder', 'torchscript')
+        assert [p.name for p in tmp_path.iterdir()] == ['folder']
 
     def test_a_wrong_file_gets_no_name(self, tmp_path, monkeypatch):
         write, run = FORMATS['torchscript']

@@ -1,7 +1,6 @@
 """Files that run without this package: ONNX, TorchScript and torch.export's pt2, each checked against the model."""
 
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from .utils import UserError, look_up, replacing
 
 TOLERANCE = 1e-4
 
@@ -28,31 +29,25 @@ def export(model: nn.Module, path: str | Path, format: str) -> dict[str, Any]:
         `path`, `format`, `input_size` (C, H, W), `bytes`, and `difference`, the largest from the model's outputs.
 
     Raises:
-        ValueError: an unknown format.
+        UserError: an unknown format, an FA model that skips blocks, or a place that cannot be written to.
         RuntimeError: the file's outputs differ from the model's by more than 1e-4.
     """
-    if format not in FORMATS:
-        raise ValueError(f'unknown format {format!r}; choose from {", ".join(FORMATS)}')
-    write, run = FORMATS[format]
-    path, model = Path(path), model.cpu().eval()
+    write, run = FORMATS[look_up('format', format, FORMATS)]
+    if any(getattr(module, 'skip_threshold', 0) > 0 for module in model.modules()):
+        raise UserError('a file cannot skip blocks: call set_skip_threshold(model, 0) before export')
+    model = model.cpu().eval()
     size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
     images = torch.randn(3, *size, generator=torch.Generator().manual_seed(0), dtype=next(model.parameters()).dtype)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # torch wants a pt2 file to be called so
-    handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=f'.{format}')
-    os.close(handle)
-    try:
+    with replacing(path) as out:
+        temp = str(out.with_suffix(f'.{format}'))  # torch wants a pt2 file to be called so
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore', FutureWarning)  # that TorchScript will end
             write(model, images[:2], temp)  # torch.export takes a batch of 1 for a constant
             difference = max((run(temp, x) - model(x)).abs().max().item() for x in (images, images[:1]))
         if not difference <= TOLERANCE:
             raise RuntimeError(f'{path}: not written, its outputs differ from the model by up to {difference:.3g}')
-        os.chmod(temp, 0o644)  # mkstemp leaves it to the user alone
-        os.replace(temp, path)
-    finally:
-        Path(temp).unlink(missing_ok=True)
-    return dict(path=str(path), format=format, input_size=size, bytes=path.stat().st_size, difference=difference)
+        os.replace(temp, out)
+    return dict(path=str(path), format=format, input_size=size, bytes=Path(path).stat().st_size, difference=difference)
 
 
 def _write_onnx(model: nn.Module, images: torch.Tensor, path: str) -> None:

@@ -99,3 +99,10 @@ def test_a_disk_that_takes_no_more(tmp_path, how):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert not os.listdir(tmp_path)
+
+
+def test_a_file_replaces_no_folder(tmp_path):
+    (tmp_path / 'a' / 'b').mkdir(parents=True)
+    with pytest.raises(UserError, match='is a folder'):
+        write_text(tmp_path / 'a', 'text')
+    assert (tmp_path / 'a' / 'b').is_dir() and [p.name for p in tmp_path.iterdir()] == ['a']

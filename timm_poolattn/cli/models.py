@@ -95,7 +95,7 @@ def validate(name, data_dir, dataset, split, batch_size, device, as_json: bool) 
 
 @click.command()
 @click.argument('name')
-@click.argument('out', type=click.Path(path_type=Path))
+@click.argument('out', type=click.Path(dir_okay=False, path_type=Path))
 @click.option('--format', required=True, type=click.Choice(['onnx', 'torchscript', 'pt2']))
 @click.option('--untrained', is_flag=True, help='Export NAME with random weights.')
 def export(name: str, out: Path, format: str, untrained: bool) -> None:
@@ -120,7 +120,7 @@ def export(name: str, out: Path, format: str, untrained: bool) -> None:
 @click.argument('images', nargs=-1, required=True, type=click.Path())
 @click.option('--model', 'name', required=True, help='A model with gates and weights.')
 @click.option('--compare', multiple=True, help='Another model, beside it; may be given again.')
-@click.option('-o', '--out', required=True, type=click.Path(), help='The folder for the figures.')
+@click.option('-o', '--out', required=True, type=click.Path(file_okay=False), help='The folder for the figures.')
 def explain(images, name: str, compare, out) -> None:
     """Draw what a model and its gates see.
 

@@ -4,7 +4,7 @@ import click
 
 from .options import require
 
-figure_option = click.option('-o', '--out', required=True, type=click.Path(), help='PNG, SVG or PDF.')
+figure_option = click.option('-o', '--out', required=True, type=click.Path(dir_okay=False), help='PNG, SVG or PDF.')
 
 
 @click.group()

@@ -4,7 +4,7 @@ import click
 
 
 @click.command()
-@click.option('-o', '--out', required=True, type=click.Path(), help='report.html or report.md.')
+@click.option('-o', '--out', required=True, type=click.Path(dir_okay=False), help='report.html or report.md.')
 @click.option('--benchmark', type=click.Path(), help='What `poolattn bench models --json` printed.')
 def report(out, benchmark) -> None:
     """Write the papers' tables beside ours.

@@ -90,7 +90,9 @@ def finetune(data_dir, timm_args, **options) -> None:
 @click.command('warm-start')
 @click.argument('source')
 @click.argument('name')
-@click.option('-o', '--out', required=True, type=click.Path(path_type=Path), help='A .safetensors file.')
+@click.option(
+    '-o', '--out', required=True, type=click.Path(dir_okay=False, path_type=Path), help='A .safetensors file.'
+)
 def warm_start(source: str, name: str, out: Path) -> None:
     """Write first weights from a trained model.
 

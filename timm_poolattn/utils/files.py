@@ -37,7 +37,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         path: a file or a folder. A symbolic link keeps being one: what it points to is replaced.
 
     Raises:
-        UserError: the disk is full, or the place cannot be written to.
+        UserError: the disk is full, the place cannot be written to, or a file would replace a folder.
     """
     path = Path(os.path.realpath(path))
     with _refusals(path):
@@ -51,6 +51,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield temp
             for file in [temp] if temp.is_file() else temp.rglob('*'):
                 _sync(file)
+            if path.is_dir() and temp.is_file():
+                raise UserError(f'{path}: is a folder; name a file')
             if path.is_dir() and not path.is_symlink():
                 path.rename(folder / 'old')  # a kill right here: `remove_leftovers` moves it back
             os.replace(temp, path)
