@@ -115,7 +115,7 @@ class TestRelease:
         assert all(check.ok for check in verify(name))
         results = json.loads((RELEASED[name] / 'results.json').read_text())
         card = (RELEASED[name] / 'README.md').read_text()
-        assert card == str(model_card(results))  # generated, never edited: `poolattn cards`
+        assert card == str(model_card(results))  # generated, never edited: `python -m timm_poolattn.hub`
 
 
 def test_the_photo_of_a_cat():
