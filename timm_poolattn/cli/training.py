@@ -90,10 +90,8 @@ def finetune(data_dir, timm_args, **options) -> None:
 @click.command('warm-start')
 @click.argument('source')
 @click.argument('name')
-@click.option(
-    '-o', '--out', required=True, type=click.Path(dir_okay=False, path_type=Path), help='A .safetensors file.'
-)
-def warm_start(source: str, name: str, out: Path) -> None:
+@click.option('-o', '--out', required=True, type=click.Path(dir_okay=False), help='A .safetensors file.')
+def warm_start(source: str, name: str, out: str) -> None:
     """Write first weights from a trained model.
 
     SOURCE is a trained name, or a .safetensors file. The model NAME may be deeper, have another gate, or other
