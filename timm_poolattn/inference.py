@@ -1,40 +1,35 @@
 """Using trained models: load by name, classify images, measure accuracy on a data set."""
 
-import difflib
-import math
+import json
 from collections.abc import Iterable
 from dataclasses import replace
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
-from timm.data import create_transform, resolve_data_config
+from timm.data import resolve_data_config
 from timm.utils import AverageMeter, accuracy
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from .data import ImageData, ResidentDataset, ResidentLoader
-from .models import FAMILIES, HubError, hub_errors
-from .utils import UserError
+from .data import ImageData, ResidentDataset, ResidentLoader, View, load_images, read_image
+from .models import FAMILIES, hub_errors, no_weights
+from .utils import MissingFileError, UserError, look_up, progress
 
 
 def _check_known(name: str) -> None:
-    known = timm.list_models(include_tags='.' in name)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        raise ValueError(f'unknown model {name!r}; nearest: {", ".join(near) or "none"}. `poolattn list` shows ours')
+    tags = '.' in name
+    if name not in timm.list_models(include_tags=tags):
+        look_up('model', name, timm.list_models(module=FAMILIES, include_tags=tags), '`poolattn list` shows ours')
 
 
 def load_untrained(name: str) -> nn.Module:
     """timm.create_model(name) in evaluation mode.
 
     Raises:
-        ValueError: no such model; the message names the nearest.
+        UserError: no such model; the message names the nearest.
     """
     _check_known(name)
     return timm.create_model(name).eval()
@@ -44,44 +39,68 @@ def load_pretrained(name: str) -> nn.Module:
     """timm.create_model(name, pretrained=True) in evaluation mode.
 
     Raises:
-        ValueError: no such model (the message names the nearest), one without weights (it names those with), or a
-            folder or repository that is none of a model.
+        UserError: no such model (the message names the nearest), one without weights (it names those with), a folder
+            or repository that is none of a model, or weights that are not finite.
         HubError: the Hub did not give the weights; the message says why.
     """
-    if ':' not in name:  # hf-hub:..., local-dir:... are timm's to resolve
+    source, _, place = name.rpartition(':')  # hf-hub:..., local-dir:... are timm's to resolve
+    if not source:
         _check_known(name)
         if not timm.models.is_model_pretrained(name):
-            arch = name.partition('.')[0]
-            trained = timm.list_pretrained(f'{arch}*') or timm.list_models(module=FAMILIES, pretrained=True)
-            raise ValueError(f'{name} has no weights yet; with weights: {", ".join(trained) or "none"}')
+            raise no_weights(name)
+    elif source == 'local-dir':
+        _check_folder(Path(place))
     try:
-        with hub_errors(name.partition(':')[2]):
-            try:
-                return timm.create_model(name, pretrained=True).eval()
-            except JSONDecodeError as e:  # and not of the Hub, which `hub_errors` would say
-                raise UserError(f'{name}: its config.json is not JSON ({e}); download or write it again') from None
-    except (RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as e:
-        if ':' not in name or isinstance(e, HubError):
+        with hub_errors(place):
+            model = timm.create_model(name, pretrained=True).eval()
+    except (RuntimeError, KeyError, TypeError, AttributeError, AssertionError, OSError, SafetensorError) as e:
+        if not source or isinstance(e, UserError):
             raise
         # timm's, of a folder or repository that says what cannot be
-        raise ValueError(f'{name} cannot be loaded: {e}; `poolattn hub verify {name}` may say more') from e
+        said = ' '.join(str(e).split())[:300]
+        raise UserError(f'{name} cannot be loaded: {said}; `poolattn hub verify {name}` may say more') from e
+    for key, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise UserError(f'{name}: {key} holds NaN or infinity, so that it predicts nothing; take other weights')
+    return model
 
 
-def read_image(path: str | Path, in_chans: int = 3) -> Image.Image:
-    """An image file of any size and mode, turned upright, in grey for one channel and else in RGB.
+def _check_folder(folder: Path) -> None:
+    path = folder / 'config.json'
+    if not path.is_file():
+        raise MissingFileError(f'{path}: no such file; a model is a folder with config.json and model.safetensors')
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as e:
+        raise UserError(f'{path}: is no JSON ({e}); make or download the folder again') from e
+    except OSError as e:
+        raise UserError(f'{path}: cannot be read ({e.strerror})') from e
+    if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
+        raise UserError(f'{path}: names no "architecture"; make or download the folder again')
+
+
+def view_of(model: nn.Module) -> View:
+    """How images are brought to the size of `model`."""
+    return View.of(resolve_data_config(model=model))
+
+
+def load_data(
+    model: nn.Module, root: str | Path, split: str, *, name: str = '', hold_out: bool = False, **options
+) -> ImageData:
+    """Read a split as `model` sees it. Of a folder with the classes right in it, that is all of it.
+
+    Args:
+        model: whose size and channels the images get.
+        root: as in `load_images`, as is what follows.
+        split: of the data.
+        name: torchvision's of a data set.
+        hold_out: take the fifth that fine-tuning holds out, of a folder with the classes right in it.
+        **options: more of `load_images`.
 
     Raises:
-        FileNotFoundError: a missing file.
-        ValueError: a file that is not an image.
+        MissingFileError, UserError: as `load_images`.
     """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert('L' if in_chans == 1 else 'RGB')
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: no such file') from None
-    except (UnidentifiedImageError, OSError) as e:
-        reason = 'not an image' if isinstance(e, UnidentifiedImageError) else e
-        raise ValueError(f'{path}: cannot be read as an image ({reason})') from e
+    return load_images(root, split, name=name, view=view_of(model), hold_out=hold_out, **options)
 
 
 def class_names(model: nn.Module) -> list[str]:
@@ -90,28 +109,38 @@ def class_names(model: nn.Module) -> list[str]:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, paths: Iterable[str | Path], topk: int = 5) -> list[dict[str, Any]]:
+def predict(
+    model: nn.Module, paths: Iterable[str | Path], topk: int = 5, *, skip_broken: bool = False
+) -> list[dict[str, Any]]:
     """Classify image files of any size and mode, resized as the model's config says.
 
     Args:
         model: in evaluation mode.
         paths: image files.
-        topk: how many classes to return. Default: 5.
+        topk: how many classes to return.
+        skip_broken: go on after a file that is missing or cannot be read.
 
     Returns:
-        For each image `image` (its path) and `predictions`, most probable first: `label` and `probability`.
+        For each image `image` (its path) and `predictions`, most probable first: `label` and `probability`. For a
+        broken one `image` and `error`, the message.
 
     Raises:
-        FileNotFoundError: a missing file.
-        ValueError: a file that is not an image.
+        UserError: a file that cannot be read, unless `skip_broken`; or outputs that are not finite.
     """
-    config = resolve_data_config(model=model)
-    transform = create_transform(**config)
+    view, config = view_of(model), resolve_data_config(model=model)
+    mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ('mean', 'std'))
     labels = class_names(model)
     results = []
     for path in paths:
-        image = read_image(path, config['input_size'][0])
-        probabilities = model(transform(image).unsqueeze(0)).float().softmax(1)[0]
+        try:
+            pixels = view(read_image(path, config['input_size'][0]), str(path))
+        except UserError as e:
+            if not skip_broken:
+                raise
+            results.append(dict(image=str(path), error=str(e)))
+            continue
+        input = torch.from_numpy(pixels).permute(2, 0, 1).float().div(255).sub(mean).div(std)
+        probabilities = _finite(model(input.unsqueeze(0))).softmax(1)[0]
         top = probabilities.topk(min(topk, len(probabilities)))
         predictions = [
             dict(label=labels[i], probability=p) for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
@@ -120,54 +149,62 @@ def predict(model: nn.Module, paths: Iterable[str | Path], topk: int = 5) -> lis
     return results
 
 
-def decoded_size(model: nn.Module) -> int | None:
-    """`size` of `load_images` by which `evaluate` sees images of any size as timm's evaluation does.
+def _finite(output: torch.Tensor) -> torch.Tensor:
+    if not output.isfinite().all():
+        raise UserError('the model gives NaN or infinity: its weights or its config are broken; take others')
+    return output.float()
 
-    None for a model that is not square: its images must be of its size.
+
+def evaluation_loader(
+    model: nn.Module, data: ImageData, batch_size: int = 500, device: torch.device | str = 'cpu'
+) -> ResidentLoader:
+    """Batches of `data` as `model` sees them, in order: what `evaluate` measures.
+
+    Raises:
+        UserError: the data were read for a model of another size.
     """
     config = resolve_data_config(model=model)
-    height, width = config['input_size'][1:]
-    return math.floor(height / config['crop_pct']) if height == width else None
+    facts = {k: config[k] for k in ('mean', 'std')}
+    dataset = ResidentDataset(data.seen_by(View.of(config)))
+    return ResidentLoader(dataset, config['input_size'], batch_size, is_training=False, device=device, **facts)
 
 
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, data: ImageData, *, batch_size: int = 500, device: torch.device | str = 'cpu'
 ) -> dict[str, float]:
-    """Accuracy on every image of `data`, single view; of larger images than the model's, the centre.
+    """Accuracy on every image of `data`, single view.
+
+    Images that `load_images` read as they are get the model's size here, so that there is one result for them.
 
     Args:
         model: Put into evaluation mode and moved to `device`.
-        data: as `load_images` reads it.
-        batch_size: Default: 500.
-        device: Default: 'cpu'.
+        data: as `load_data` or `load_images` reads it.
+        batch_size: images at a time.
+        device: to compute on.
 
     Returns:
         `top1` and `top5` in %, `loss` (mean cross entropy), `ece` (see `calibration_error`), `images` (their number).
 
     Raises:
-        ValueError: the images are smaller than the model's, or classes that the model does not know.
+        UserError: data that were read for a model of another size, classes that the model does not know, or outputs
+            that are not finite.
     """
     labels = list(model.pretrained_cfg.get('label_names') or data.classes)
     unknown = [name for name in data.classes if name not in labels[: model.num_classes]]
     if unknown:
-        raise ValueError(f'the model was not trained on the classes {", ".join(unknown[:5])}; it knows {len(labels)}')
+        raise UserError(f'the model was not trained on the classes {", ".join(unknown[:5])}; it knows {len(labels)}')
     index = torch.tensor([labels.index(name) for name in data.classes])  # the data may hold a few of the classes only
-    data = replace(data, targets=index[data.targets])
-    config = resolve_data_config(model=model)
-    statistics = dict(mean=config['mean'], std=config['std'])
-    loader = ResidentLoader(
-        ResidentDataset(data), config['input_size'], batch_size, is_training=False, device=device, **statistics
-    )
+    loader = evaluation_loader(model, replace(data, targets=index[data.targets]), batch_size, device)
     model.to(device).eval()
     top1, top5, loss = AverageMeter(), AverageMeter(), AverageMeter()
     confidences, hits = [], []
-    for input, target in tqdm(loader, desc='evaluating', unit='batch', delay=1, disable=None):
-        output = model(input)
+    for input, target in progress(loader, desc='evaluating', unit='batch'):
+        output = _finite(model(input))
         acc1, acc5 = accuracy(output, target, topk=(1, 5))
         for meter, value in ((top1, acc1), (top5, acc5), (loss, F.cross_entropy(output, target))):
             meter.update(value.item(), len(target))
-        confidence, prediction = output.float().softmax(1).max(1)
+        confidence, prediction = output.softmax(1).max(1)
         confidences.append(confidence)
         hits.append(prediction == target)
     ece = calibration_error(torch.cat(confidences), torch.cat(hits))
@@ -183,7 +220,7 @@ def calibration_error(confidence: torch.Tensor, hit: torch.Tensor, bins: int = 1
     Args:
         confidence: (N,) probability of the predicted class.
         hit: (N,) whether it is the right one.
-        bins: of equal width, ((m - 1) / bins, m / bins]. Default: 15.
+        bins: of equal width, ((m - 1) / bins, m / bins].
     """
     index = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
     gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device)  # |B_m| (acc(B_m) - conf(B_m))

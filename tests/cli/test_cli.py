@@ -123,10 +123,8 @@ class TestPredict:
         (tmp_path / 'text.jpg').write_text('no image')
         (tmp_path / 'folder.jpg').mkdir()
         assert 'nowhere.png: no such file' in fails('predict', 'nowhere.png', '--model', trained)
-        assert 'cannot be read as an image (not an image)' in fails(
-            'predict', tmp_path / 'text.jpg', '--model', trained
-        )
-        assert 'cannot be read as an image' in fails('predict', tmp_path / 'folder.jpg', '--model', trained)
+        assert 'cannot be decoded as an image' in fails('predict', tmp_path / 'text.jpg', '--model', trained)
+        assert 'not a file' in fails('predict', tmp_path / 'folder.jpg', '--model', trained)
         assert 'nearest: resnet20_saam' in fails('predict', 'a.png', '--model', 'resnet20_sam')
         assert 'unknown model' in fails('predict', 'a.png', '--model', 'resnet20_saam.cifar1000')
         assert 'resnet326_srm has no weights yet' in fails('predict', 'a.png', '--model', 'resnet326_srm')

@@ -1,19 +1,22 @@
-import io
 import logging
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from timm_poolattn.data import View, load_images
 from timm_poolattn.data import images as source
-from timm_poolattn.data import load_images
-from timm_poolattn.utils import cache_dir
+from timm_poolattn.utils import UserError, cache_dir
 
 
 def tar_of(folder, path, mode='w', prefix=''):
@@ -55,7 +58,7 @@ def test_real_images(cifar10_mini):
 
 
 def test_grayscale(image_folder):
-    data = load_images(image_folder, 'train', img_mode='L')
+    data = load_images(image_folder, 'train', view=View((1, 32, 32)))
     assert data.images.shape == (16, 32, 32, 1)
 
 
@@ -83,13 +86,13 @@ def test_errors(image_folder, tmp_path):
         load_images(tmp_path / 'nowhere', 'train')
     with pytest.raises(FileNotFoundError, match="no split 'holdout'; it holds test, train"):
         load_images(image_folder, 'holdout')
-    with pytest.raises(ValueError, match="unknown data set 'torch/mnist'"):
+    with pytest.raises(UserError, match="unknown data set 'torch/mnist'"):
         load_images(image_folder, 'train', name='torch/mnist')
     (tmp_path / 'a.txt').write_text('no tar')
-    with pytest.raises(ValueError, match='neither a folder nor a tar file'):
+    with pytest.raises(UserError, match='neither a folder nor a tar file'):
         load_images(tmp_path / 'a.txt', 'train')
     (image_folder / 'train' / 'bird').mkdir()
-    with pytest.raises(ValueError, match='no images in bird'):
+    with pytest.raises(UserError, match='no images in bird'):
         load_images(image_folder, 'train')
     assert not cache_files()
 
@@ -98,7 +101,7 @@ def test_errors(image_folder, tmp_path):
 def test_a_broken_image_is_named(image_folder, tmp_path, as_tar):
     (image_folder / 'train' / 'dog' / '3.png').write_bytes(b'not a PNG')
     root = tar_of(image_folder, tmp_path / 'pets.tar') if as_tar else image_folder
-    with pytest.raises(ValueError, match=r'dog/3.png cannot be decoded as an image'):
+    with pytest.raises(UserError, match=r'dog/3.png cannot be decoded as an image'):
         load_images(root, 'train')
     assert not cache_files()
 
@@ -106,7 +109,7 @@ def test_a_broken_image_is_named(image_folder, tmp_path, as_tar):
 def test_a_truncated_image_is_named(image_folder):
     path = image_folder / 'train' / 'dog' / '3.png'
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r'dog/3.png cannot be decoded'):
+    with pytest.raises(UserError, match=r'dog/3.png cannot be decoded'):
         load_images(image_folder, 'train')
 
 
@@ -118,13 +121,14 @@ def test_resizing_is_timms_evaluation(image_folder):
     noise = Image.open(folder / '0.png')
     for i, size in enumerate([(100, 40), (17, 90), (32, 33), (1, 1)]):
         noise.resize(size).convert('L' if i == 1 else 'RGB').save(folder / f'{i}.png')
-    data = load_images(image_folder, 'train', size=24)
+    data = load_images(image_folder, 'train', view=View((3, 24, 24)))
     assert data.images.shape == (16, 24, 24, 3)
     transform = create_transform((3, 24, 24), crop_pct=1.0, interpolation='bicubic', mean=(0,) * 3, std=(1,) * 3)
     for i in range(4):
         expected = transform(Image.open(folder / f'{i}.png').convert('RGB')).mul(255).round().to(torch.uint8)
         assert data.images[8 + i].permute(2, 0, 1).equal(expected)
-    assert load_images(image_folder, 'test', size=32).images.equal(load_images(image_folder, 'test').images)
+    same = load_images(image_folder, 'test', view=View((3, 32, 32)))
+    assert same.images.equal(load_images(image_folder, 'test').images)
 
 
 def test_classes_of_another_split(image_folder):
@@ -132,29 +136,46 @@ def test_classes_of_another_split(image_folder):
     assert load_images(image_folder, 'test').targets.tolist() == [0] * 4
     data = load_images(image_folder, 'test', classes=['cat', 'dog'])
     assert data.targets.tolist() == [1] * 4 and data.classes == ['cat', 'dog']
-    with pytest.raises(ValueError, match='test has classes that are not trained on: dog'):
+    with pytest.raises(UserError, match='test has classes that are not trained on: dog'):
         load_images(image_folder, 'test', classes=['cat'])
 
 
 def test_mixed_sizes_are_named(image_folder):
     Image.new('RGB', (40, 32)).save(image_folder / 'train' / 'dog' / '3.png')
-    with pytest.raises(ValueError, match=r'mixed size: cat/0.png is 32x32, dog/3.png is 40x32'):
+    with pytest.raises(UserError, match=r'mixed size: cat/0.png is 32x32, dog/3.png is 40x32'):
         load_images(image_folder, 'train')
     assert not cache_files()
 
 
-def test_tar_members_are_never_extracted(image_folder, tmp_path):
-    path = tar_of(image_folder, tmp_path / 'pets.tar')
-    blob = (image_folder / 'train' / 'cat' / '0.png').read_bytes()
-    with tarfile.open(path, 'a') as tar:
-        info = tarfile.TarInfo('../train/cat/evil.png')
-        info.size = len(blob)
-        tar.addfile(info, io.BytesIO(blob))
-        link = tarfile.TarInfo('train/cat/link.png')
-        link.type, link.linkname = tarfile.SYMTYPE, '/etc/passwd'
-        tar.addfile(link)
-    assert len(load_images(path, 'train')) == 17  # the link is left out
-    assert not (tmp_path.parent / 'train').exists()
+def test_images_as_they_are_get_a_models_size_once(image_folder):
+    view = View((3, 24, 24), crop_pct=0.9)
+    read = load_images(image_folder, 'test', view=view)
+    assert load_images(image_folder, 'test').seen_by(view).images.equal(read.images)
+    assert read.seen_by(view) is read
+    with pytest.raises(UserError, match='were read for'):
+        read.seen_by(View((3, 32, 32)))
+
+
+@pytest.mark.slow
+def test_memory_beside_the_data_is_bounded(tmp_path):
+    """100 photos of 4 megapixels are 1.6 GB as Pillow holds them; under 1 GB is held at a time."""
+    resource = pytest.importorskip('resource')
+    folder = tmp_path / 'photos' / 'train' / 'sky'
+    folder.mkdir(parents=True)
+    Image.new('RGB', (2000, 2000), (40, 90, 200)).save(folder / '0.png')
+    for i in range(1, 100):
+        os.link(folder / '0.png', folder / f'{i}.png')
+    code = f"""
+import resource
+from timm_poolattn.data import View, load_images
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(load_images({str(tmp_path / 'photos')!r}, 'train', view=View((3, 32, 32))).images.shape)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    shape, grown = run.stdout.splitlines()
+    assert shape == 'torch.Size([100, 32, 32, 3])'
+    assert int(grown) * (1 if sys.platform == 'darwin' else 1024) < 2**30 and resource
 
 
 class TestCache:
@@ -207,9 +228,46 @@ class TestCache:
             raise OSError(28, 'No space left on device')
 
         monkeypatch.setattr(source, 'save_file', full_disk)
-        with caplog.at_level(logging.WARNING):
-            assert len(load_images(image_folder, 'train')) == 16
+        assert len(load_images(image_folder, 'train')) == 16
         assert 'No space left on device' in caplog.text and not cache_files()
+
+    @pytest.mark.skipif(not Path('/dev/full').exists(), reason='Linux has a full disk at hand')
+    def test_a_full_disk_stops_nothing(self, image_folder, monkeypatch, caplog):
+        """What safetensors raises of a real full disk is no OSError."""
+        save = source.save_file
+        monkeypatch.setattr(source, 'save_file', lambda tensors, _, **options: save(tensors, '/dev/full', **options))
+        assert len(load_images(image_folder, 'train')) == 16
+        assert 'not cached' in caplog.text and not cache_files()
+
+    @pytest.mark.parametrize('place', ['file', 'below a file', 'folder in its place'])
+    def test_no_place_stops_nothing(self, image_folder, monkeypatch, caplog, place):
+        if place == 'folder in its place':
+            load_images(image_folder, 'train')
+            (path,) = cache_files()
+            path.unlink()
+            path.mkdir()
+        else:
+            file = image_folder / 'file'
+            file.touch()
+            monkeypatch.setenv('TIMM_POOLATTN_CACHE', str(file if place == 'file' else file / 'cache'))
+        assert len(load_images(image_folder, 'train')) == 16
+
+    def test_a_killed_writer_leaves_nothing_for_good(self, image_folder):
+        """A process killed as it writes: what it left goes with the next cache that is written, of any data."""
+        code = f"""
+import os, signal
+from timm_poolattn.data import images
+save = images.save_file
+def save_file(*args, **options):
+    save(*args, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+images.save_file = save_file
+images.load_images({str(image_folder)!r}, 'train')
+"""
+        assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
+        assert [p.suffix for p in cache_files()] == ['.tmp']
+        load_images(image_folder, 'test')
+        assert [p.suffix for p in cache_files()] == ['.safetensors']
 
     def test_two_at_once(self, image_folder):
         with ThreadPoolExecutor(8) as pool:

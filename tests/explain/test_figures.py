@@ -154,7 +154,7 @@ def test_a_broken_image_does_not_stop_the_others(photo, tmp_path):
     out = tmp_path / 'figures'
     (tmp_path / 'text.jpg').write_text('no image')
     message = fails('explain', tmp_path / 'text.jpg', photo, '--model', 'resnet20_fa', '-o', out)
-    assert 'text.jpg: cannot be read as an image' in message and '1 of 2 images are drawn' in message
+    assert 'text.jpg cannot be decoded as an image' in message and '1 of 2 images are drawn' in message
     assert [path.name for path in out.iterdir()] == ['photo.explain.png']
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from timm_poolattn.cli import main
-from timm_poolattn.data import list_classes, load_images
+from timm_poolattn.data import View, list_classes, load_images
 from timm_poolattn.inference import evaluate, load_pretrained
 from timm_poolattn.training import finetune, read_run
 from timm_poolattn.training.finetuning import draw_confusion
@@ -50,8 +50,16 @@ def test_a_folder_of_classes(train_script, photos, tmp_path):
     # the weights that were kept are the best epoch's, and know their classes
     model = load_pretrained(f'local-dir:{tmp_path / "run" / "model"}')
     assert model.pretrained_cfg['label_names'] == list(CLASSES)
-    assert evaluate(model, load_images(photos, 'test', size=32))['top1'] == pytest.approx(top1)
-    args = ['validate', '--model', f'local-dir:{tmp_path / "run" / "model"}', '--data-dir', str(photos), '--json']
+    assert evaluate(model, load_images(photos, 'test', view=View((3, 32, 32))))['top1'] == pytest.approx(top1)
+    args = [
+        'validate',
+        '--model',
+        f'local-dir:{tmp_path / "run" / "model"}',
+        '--data-dir',
+        str(photos),
+        '--hold-out',
+        '--json',
+    ]
     assert json.loads(CliRunner().invoke(main, args).stdout)['top1'] == pytest.approx(top1)
     assert top1 >= 60  # of five plain colours, one image each
     image = photos / 'bear' / '0.jpg'
@@ -70,14 +78,14 @@ def test_without_matplotlib(train_script, photos, tmp_path, monkeypatch):
 
 
 def test_hold_out(photos):
-    names = {split: load_images(photos, split, size=8) for split in ('train', 'validation', 'test')}
+    names = {split: load_images(photos, split, view=View((3, 8, 8))) for split in ('train', 'validation', 'test')}
     assert len(names['train']) == 8 and len(names['test']) == 5
     assert names['test'].images.equal(names['validation'].images)
     assert list_classes(photos) == list(CLASSES)
     for path in list((photos / 'emu').iterdir())[1:]:
         os.unlink(path)
     with pytest.raises(ValueError, match='emu has one image'):
-        load_images(photos, 'train', size=8)
+        load_images(photos, 'train', view=View((3, 8, 8)))
 
 
 def test_mistakes(train_script, photos, tmp_path):
@@ -129,7 +137,7 @@ def test_the_saved_model_is_the_runs(train_script, photos, tmp_path):
     best = max(row['eval_top1'] for row in read_run(tmp_path / 'run').curve)
     model = load_pretrained(f'local-dir:{result.model_dir}')
     assert result.top1 == pytest.approx(best)
-    assert evaluate(model, load_images(photos, 'test', size=32, img_mode='L'))['top1'] == pytest.approx(best)
+    assert evaluate(model, load_images(photos, 'test', view=View((1, 32, 32))))['top1'] == pytest.approx(best)
     config = json.loads((result.model_dir / 'config.json').read_text())
     assert config['global_pool'] == 'max' and config['pretrained_cfg']['input_size'] == [1, 32, 32]
 

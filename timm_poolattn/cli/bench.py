@@ -156,10 +156,10 @@ def bench_skip(name, data_dir, dataset, split, per_sample, batch_size, device, a
     It prints thresholds with their accuracy, blocks run and images/s.
     """
     from ..bench.skipping import bench_skip
-    from ..data import load_images
-    from ..inference import load_pretrained
+    from ..inference import load_data, load_pretrained
 
-    model, data = load_pretrained(name), load_images(data_dir, split, name=dataset)
+    model = load_pretrained(name)
+    data = load_data(model, data_dir, split, name=dataset)
     rows = bench_skip(model, data, per_sample=per_sample, batch_size=batch_size, device=device)
     if as_json:
         echo_json(rows)

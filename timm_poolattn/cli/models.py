@@ -1,5 +1,6 @@
 """Using models: list, predict, validate, export, explain."""
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def list_(filter: str, trained: bool, as_json: bool) -> None:
 def predict(images, name: str, topk: int, demo: bool, as_json: bool) -> None:
     """Classify IMAGES.
 
-    They may have any size and mode.
+    They may have any size and mode. A file that cannot be read is named, the others are classified, and the exit code
+    is 1; it is 2 where none can be read.
     """
     if demo:
         require('demo', 'skimage')
@@ -57,14 +59,21 @@ def predict(images, name: str, topk: int, demo: bool, as_json: bool) -> None:
         raise UserError('no image given; `poolattn predict --demo` has one')
     from ..inference import load_pretrained, predict
 
-    results = predict(load_pretrained(name), images, topk)
+    results = predict(load_pretrained(name), images, topk, skip_broken=True)
+    errors = [result['error'] for result in results if 'error' in result]
+    if len(errors) == len(results) == 1:
+        raise UserError(errors[0])
     if as_json:
         echo_json(results)
-        return
-    for result in results:
-        click.echo(click.format_filename(result['image']))
-        for p in result['predictions']:
-            click.echo(f'  {p["probability"]:7.2%}  {p["label"]}')
+    for result in results if not as_json else ():
+        if 'error' not in result:
+            click.echo(click.format_filename(result['image']))
+            for p in result['predictions']:
+                click.echo(f'  {p["probability"]:7.2%}  {p["label"]}')
+    for error in errors:
+        click.echo(f'Error: {error}', err=True)
+    if errors:
+        sys.exit(1 if len(errors) < len(results) else 2)
 
 
 @click.command()
@@ -72,17 +81,19 @@ def predict(images, name: str, topk: int, demo: bool, as_json: bool) -> None:
 @data_dir_option
 @dataset_option
 @split_option
+@click.option('--hold-out', is_flag=True, help='Of a folder of classes, the fifth that `finetune` did not train on.')
 @click.option('--batch-size', type=click.IntRange(1), default=500, show_default=True)
 @device_option
 @json_option
-def validate(name, data_dir, dataset, split, batch_size, device, as_json: bool) -> None:
-    """Measure the accuracy of a trained model."""
-    from ..data import load_images
-    from ..inference import decoded_size, evaluate, load_pretrained
+def validate(name, data_dir, dataset, split, hold_out, batch_size, device, as_json: bool) -> None:
+    """Measure the accuracy of a trained model.
+
+    Of a folder with the classes right in it, every image counts, unless --hold-out is given.
+    """
+    from ..inference import evaluate, load_data, load_pretrained
 
     model = load_pretrained(name)
-    img_mode = 'L' if model.in_chans == 1 else 'RGB'
-    data = load_images(data_dir, split, name=dataset, img_mode=img_mode, size=decoded_size(model))
+    data = load_data(model, data_dir, split, name=dataset, hold_out=hold_out)
     result = dict(model=name, **evaluate(model, data, batch_size=batch_size, device=device))
     if as_json:
         echo_json(result)

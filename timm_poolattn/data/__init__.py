@@ -1,4 +1,14 @@
 from .images import ImageData, list_classes, load_images
 from .loader import BatchErasing, ResidentDataset, ResidentLoader
+from .view import View, read_image
 
-__all__ = ['BatchErasing', 'ImageData', 'ResidentDataset', 'ResidentLoader', 'list_classes', 'load_images']
+__all__ = [
+    'BatchErasing',
+    'ImageData',
+    'ResidentDataset',
+    'ResidentLoader',
+    'View',
+    'list_classes',
+    'load_images',
+    'read_image',
+]

@@ -4,38 +4,32 @@ All of them become one `ImageData` in memory. Decoding a folder or a tar happens
 """
 
 import hashlib
-import io
 import json
 import logging
 import os
-import tarfile
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from timm.data.readers.img_extensions import get_img_extensions
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import center_crop, resize
-from tqdm import tqdm
 
-from ..utils import cache_dir
+from ..papers import DATASETS
+from ..utils import MissingFileError, UserError, cache_dir, look_up, progress, remove_leftovers, replacing
+from .listing import TRAIN_SPLITS, Listing, list_split
+from .view import MAX_PIXELS, View, open_image, to_channels
 
 _logger = logging.getLogger(__name__)
 
-#: Raised with the layout of the cache file; a cache of another version is built anew.
-CACHE_VERSION = '1'
-_TORCHVISION = {'torch/cifar10': CIFAR10, 'torch/cifar100': CIFAR100}
-_TRAIN_SPLITS = ('train', 'training')
-_EVAL_SPLITS = ('validation', 'val', 'valid', 'eval', 'evaluation', 'test')
+#: Raised with the layout of the cache file, or what decoding makes of an image; an older cache is built anew.
+CACHE_VERSION = '2'
+_TORCHVISION = {DATASETS['cifar10']['torchvision']: CIFAR10, DATASETS['cifar100']['torchvision']: CIFAR100}
 
 
 @dataclass
@@ -46,25 +40,33 @@ class ImageData:
         images: uint8, (N, H, W, C).
         targets: int64, (N,), indices into `classes`.
         classes: class names, in order.
+        view: how the images were brought to their size; None for images as they are.
     """
 
     images: torch.Tensor
     targets: torch.Tensor
     classes: list[str]
+    view: View | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def seen_by(self, view: View) -> 'ImageData':
+        """Bring images that are as they are to a model's size.
 
-@dataclass
-class _Listing:
-    """The images of a split as (name, class, size, mtime in ns), in the order in which they are numbered."""
+        Raises:
+            UserError: they were brought to another one already.
+        """
+        if self.view == view:
+            return self
+        if self.view is not None:
+            raise UserError(f'the images were read for {self.view}, and the model wants {view}; read them again for it')
+        images = [view(_to_image(pixels)) for pixels in self.images.numpy()]
+        return replace(self, images=torch.from_numpy(np.stack(images)), view=view)
 
-    classes: list[str]
-    files: list[tuple[str, str, int, int]]
 
-    def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps([self.classes, self.files]).encode()).hexdigest()
+def _to_image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
 
 
 def load_images(
@@ -73,221 +75,134 @@ def load_images(
     *,
     name: str = '',
     download: bool = False,
-    img_mode: str = 'RGB',
-    size: int | None = None,
+    view: View | None = None,
     classes: list[str] | None = None,
+    hold_out: bool = True,
 ) -> ImageData:
-    """Read one split of a data set into memory.
+    """Read one split of a data set into memory. What is passed over is said in one line.
 
     Args:
-        root: a folder with a folder for each split, a tar of such a folder, or torchvision's root. Of a folder with
-            the classes right in it, a fifth of each class is held out for evaluation.
+        root: a folder with a folder for each split, a tar of such a folder, or torchvision's root; or a folder or tar
+            with the classes right in it.
         split: 'train', 'validation' or any of their usual synonyms ('test' is one of validation's).
-        name: 'torch/cifar10' or 'torch/cifar100' for torchvision's CIFAR files; '' for a folder or a tar.
+        name: torchvision's name of a data set in `DATASETS`; '' for a folder or a tar.
         download: let torchvision download CIFAR into `root`.
-        img_mode: PIL's mode to decode to, 'RGB' or 'L'. Default: 'RGB'.
-        size: resize images that are not size x size: the shorter side to `size`, then the square at the centre, as
-            timm's evaluation does. Default: as they are, which must be one size.
+        view: how the images are brought to a model's size. Default: as they are in RGB, which must be one size.
         classes: what the targets are indices into, where the split may hold a few of them only. Default: its own.
+        hold_out: of a root with the classes right in it, a fifth of each class is for evaluation alone and the rest
+            for training alone; or else all of it is the split.
 
     Raises:
-        FileNotFoundError: no `root`, or no such split in it.
-        ValueError: a class without images or beyond `classes`, an image that cannot be decoded, images of mixed size,
+        MissingFileError: no `root`, or no such split in it.
+        UserError: a class without images or beyond `classes`, an image that cannot be decoded, images of mixed size,
             an unknown `name`.
     """
-    data = _load(Path(root).expanduser(), split, name, download, img_mode, size)
+    root = Path(os.path.expanduser(root))
+    if name:
+        data = _load_torchvision(name, root, split, download)
+        data = data if view is None else data.seen_by(view)
+    else:
+        listing = list_split(root, split, hold_out)
+        for note in listing.notes:
+            _logger.warning(note)
+        data = _load_cached(root, split, view, hold_out, listing)
     if classes is None:
         return data
     unknown = [c for c in data.classes if c not in classes]
     if unknown:
-        raise ValueError(f'{root}: {split} has classes that are not trained on: {", ".join(unknown[:5])}')
+        raise UserError(f'{root}: {split} has classes that are not trained on: {", ".join(unknown[:5])}')
     index = torch.tensor([classes.index(c) for c in data.classes])
-    return ImageData(data.images, index[data.targets], classes)
-
-
-def _load(root: Path, split: str, name: str, download: bool, img_mode: str, size: int | None) -> ImageData:
-    if name:
-        return _load_torchvision(name, root, split, download, img_mode)
-    if root.is_dir():
-        listing, base = _list_folder(root, split)
-        read = lambda: ((i, (base / name).read_bytes()) for i, (name, *_) in enumerate(listing.files))  # noqa: E731
-        return _load_cached(base, split, img_mode, size, listing, read)
-    with _open_tar(root) as tar:
-        members = {m.name: m for m in tar if m.isfile()}
-        listing = _list_tar(root, members, split)
-        # in the archive's order, for a compressed one can only be read forwards
-        order = sorted(enumerate(members[name] for name, *_ in listing.files), key=lambda item: item[1].offset)
-        read = lambda: ((i, tar.extractfile(member).read()) for i, member in order)  # noqa: E731
-        return _load_cached(root, split, img_mode, size, listing, read)
+    return replace(data, targets=index[data.targets], classes=classes)
 
 
 def list_classes(root: str | Path, split: str = 'train') -> list[str]:
-    """The classes of a folder or a tar, in order; nothing is decoded.
-
-    Args:
-        root: as in `load_images`.
-        split: as in `load_images`. Default: 'train'.
+    """List the classes of a folder or a tar, in order; nothing is decoded.
 
     Raises:
-        FileNotFoundError, ValueError: as in `load_images`.
+        MissingFileError, UserError: as in `load_images`.
     """
-    root = Path(root).expanduser()
-    if root.is_dir():
-        return _list_folder(root, split)[0].classes
-    with _open_tar(root) as tar:
-        return _list_tar(root, {m.name: m for m in tar if m.isfile()}, split).classes
+    return list_split(root, split).classes
 
 
-def _open_tar(root: Path) -> tarfile.TarFile:
-    if not root.exists():
-        raise FileNotFoundError(f'{root}: no such folder or tar file')
-    if not tarfile.is_tarfile(root):
-        raise ValueError(f'{root}: neither a folder nor a tar file')
-    return tarfile.open(root)
-
-
-def _load_torchvision(name: str, root: Path, split: str, download: bool, img_mode: str) -> ImageData:
-    if name not in _TORCHVISION:
-        raise ValueError(f'unknown data set {name!r}; choose from {", ".join(_TORCHVISION)}, or give a folder')
-    if img_mode != 'RGB':
-        raise ValueError(f'{name} is read as RGB only, not {img_mode!r}; for other modes use a folder of its images')
+def _load_torchvision(name: str, root: Path, split: str, download: bool) -> ImageData:
+    look_up('data set', name, _TORCHVISION, 'or give a folder')
     try:
         # torchvision checks the MD5 of each of its files before it unpickles them
-        data = _TORCHVISION[name](root, train=split in _TRAIN_SPLITS, download=download)
-    except RuntimeError as e:
-        raise FileNotFoundError(f'{root}: {name} is not there or damaged ({e}); --dataset-download fetches it') from e
+        data = _TORCHVISION[name](root, train=split in TRAIN_SPLITS, download=download)
+    except (RuntimeError, OSError) as e:  # it is not there; no network, no disk
+        raise MissingFileError(
+            f'{root}: {name} is not there or damaged ({e}); --dataset-download fetches it where there is a network'
+        ) from e
     return ImageData(torch.from_numpy(data.data), torch.tensor(data.targets), data.classes)
 
 
-def _match_split(split: str, present: Iterable[str], where: Path) -> str:
-    present = sorted(present)
-    synonyms = next((s for s in (_TRAIN_SPLITS, _EVAL_SPLITS) if split in s), ())
-    for candidate in (split, *synonyms):
-        if candidate in present:
-            return candidate
-    raise FileNotFoundError(
-        f'{where}: no split {split!r}; it holds {", ".join(present) or "no folders"}.'
-        f' A data set is a folder (or tar) of splits such as train/ and test/, each with one folder for each class'
-    )
-
-
-def _check_classes(classes: set[str], files: list[tuple[str, str, int, int]], where: str) -> _Listing:
-    empty = classes - {f[1] for f in files}
-    if empty or not classes:
-        raise ValueError(f'{where}: no images in {", ".join(sorted(empty)) or "it"}; remove or fill the class folder')
-    return _Listing(sorted(classes), sorted(files))
-
-
-def _list_folder(root: Path, split: str) -> tuple[_Listing, Path]:
-    folders = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.')]
-    extensions = get_img_extensions(as_set=True)
-    splits = {*_TRAIN_SPLITS, *_EVAL_SPLITS}
-    hold_out = split in splits and not splits & {p.name for p in folders}
-    hold_out = hold_out and any(p.suffix.lower() in extensions for folder in folders for p in folder.iterdir())
-    base = root if hold_out else root / _match_split(split, (p.name for p in folders), root)
-    classes = {p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith('.')}
-    files = []
-    for class_name in classes:
-        for folder, _, names in os.walk(base / class_name, followlinks=True):
-            for file_name in names:
-                path = Path(folder, file_name)
-                if path.suffix.lower() in extensions:
-                    stat = path.stat()
-                    files.append((path.relative_to(base).as_posix(), class_name, stat.st_size, stat.st_mtime_ns))
-    if hold_out:
-        files = _hold_out(files, split in _TRAIN_SPLITS, base)
-    return _check_classes(classes, files, str(base)), base
-
-
-def _hold_out(files: list[tuple[str, str, int, int]], training: bool, where: Path) -> list[tuple[str, str, int, int]]:
-    """Every fifth image of each class for evaluation, at least one, the others for training.
-
-    They are taken in the order of their names' hashes, so that it does not depend on how the names are sorted.
-    """
-    kept = []
-    for class_name in sorted({f[1] for f in files}):
-        mine = sorted((f for f in files if f[1] == class_name), key=lambda f: hashlib.sha256(f[0].encode()).digest())
-        if len(mine) < 2:
-            raise ValueError(f'{where}: {class_name} has one image; one to train on and one to evaluate are the least')
-        count = max(1, len(mine) // 5)
-        kept += mine[count:] if training else mine[:count]
-    return kept
-
-
-def _list_tar(root: Path, members: dict[str, tarfile.TarInfo], split: str) -> _Listing:
-    # .../<split>/<class>/<image>: members are read in place and never extracted, so their paths cannot do harm
-    extensions = get_img_extensions(as_set=True)
-    parts = {n: n.split('/') for n in members if os.path.splitext(n)[1].lower() in extensions and n.count('/') >= 2}
-    split = _match_split(split, {p[-3] for p in parts.values()}, root)
-    mtime = root.stat().st_mtime_ns
-    files = [(n, p[-2], members[n].size, mtime) for n, p in parts.items() if p[-3] == split]
-    return _check_classes({f[1] for f in files}, files, f'{root}: {split}')
-
-
-def _load_cached(base: Path, split: str, img_mode: str, size: int | None, listing: _Listing, read) -> ImageData:
-    key = hashlib.sha256(f'{base.resolve()}\n{split}\n{img_mode}\n{size}'.encode()).hexdigest()[:16]
-    path = cache_dir() / f'{base.stem}-{split}-{key}.safetensors'
+def _load_cached(root: Path, split: str, view: View | None, hold_out: bool, listing: Listing) -> ImageData:
+    key = hashlib.sha256(f'{root.resolve()}\n{split}\n{hold_out}\n{view}'.encode()).hexdigest()[:16]
+    path = cache_dir() / f'{root.resolve().stem[:40]}-{split}-{key}.safetensors'
     fingerprint = listing.fingerprint()
-    data = _read_cache(path, fingerprint)
+    data = _read_cache(path, fingerprint, view)
     if data is None:
-        images = _decode(read(), listing, img_mode, size, str(base))
         index = {name: i for i, name in enumerate(listing.classes)}
-        data = ImageData(images, torch.tensor([index[f[1]] for f in listing.files]), listing.classes)
+        targets = torch.tensor([index[image.class_name] for image in listing.images])
+        data = ImageData(_decode(listing, view, str(root)), targets, listing.classes, view)
         _write_cache(path, fingerprint, data)
     return data
 
 
-def _decode(
-    blobs: Iterator[tuple[int, bytes]], listing: _Listing, img_mode: str, size: int | None, where: str
-) -> torch.Tensor:
-    """Images from the bytes of each file, which come with its index in `listing`."""
+def _decode(listing: Listing, view: View | None, where: str) -> torch.Tensor:
+    """Decode the images of `listing`, of which a bounded share is held beside the result."""
 
-    def decode(item: tuple[int, bytes]) -> np.ndarray:
-        i, blob = item
-        try:
-            with Image.open(io.BytesIO(blob)) as image:
-                if size:
-                    image = ImageOps.exif_transpose(image)
-                image = image.convert(img_mode)
-                if size:
-                    image = center_crop(resize(image, size, InterpolationMode.BICUBIC), [size, size])
-                return np.asarray(image)
-        except Exception as e:  # PIL raises a dozen kinds
-            name = listing.files[i][0]
-            raise ValueError(f'{where}: {name} cannot be decoded as an image ({e}); repair or remove it') from e
+    def decode(item: tuple[int, Image.Image]) -> np.ndarray:
+        i, image = item
+        name = f'{where}: {listing.images[i].name}'
+        return np.atleast_3d(to_channels(image, 3, name) if view is None else view(image, name))
 
     out = None
-    chunks = iter(lambda: list(islice(blobs, 1024)), [])
     with (
         ThreadPoolExecutor() as pool,
-        tqdm(total=len(listing.files), desc=f'decoding {where}', unit='image', delay=1) as progress,
+        progress(total=len(listing.images), desc=f'decoding {where}', unit='image') as bar,
     ):
-        for chunk in chunks:
+        for chunk in _chunks(listing, where):
             for (i, _), image in zip(chunk, pool.map(decode, chunk), strict=True):
-                name = listing.files[i][0]
                 if out is None:
-                    first, shape = name, image.shape
-                    out = np.empty((len(listing.files), *shape), np.uint8)
-                elif image.shape != shape:
-                    raise ValueError(
-                        f'{where}: images of mixed size: {first} is {shape[1]}x{shape[0]}, {name} is'
-                        f' {image.shape[1]}x{image.shape[0]}; --img-size resizes them to one'
+                    first = i
+                    out = np.empty((len(listing.images), *image.shape), np.uint8)
+                elif image.shape != out.shape[1:]:
+                    (h, w), (height, width) = out.shape[1:3], image.shape[:2]
+                    first, other = (listing.images[j].name for j in (first, i))
+                    raise UserError(
+                        f'{where}: images of mixed size: {first} is {w}x{h}, {other} is {width}x{height}; name the'
+                        " model's view, which resizes them"
                     )
                 out[i] = image
-            progress.update(len(chunk))
-    out = torch.from_numpy(out)
-    return out if out.ndim == 4 else out.unsqueeze(-1)
+            bar.update(len(chunk))
+    return torch.from_numpy(out)
+
+
+def _chunks(listing: Listing, where: str) -> Iterator[list[tuple[int, Image.Image]]]:
+    """Open images until they would be too many, too many pixels or too many bytes to decode at a time."""
+    chunk, pixels, size = [], 0, 0
+    for i, blob in listing.source.read(listing.images):
+        image = open_image(blob, f'{where}: {listing.images[i].name}')
+        pixels, size = pixels + image.width * image.height, size + len(blob)
+        if chunk and (len(chunk) == 1024 or pixels > MAX_PIXELS or size > MAX_PIXELS):
+            yield chunk
+            chunk, pixels, size = [], image.width * image.height, len(blob)
+        chunk.append((i, image))
+    yield chunk
 
 
 def _digest(images: torch.Tensor, targets: torch.Tensor) -> str:
-    return hashlib.sha256(images.numpy().tobytes() + targets.numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(images.numpy())
+    digest.update(targets.numpy())
+    return digest.hexdigest()
 
 
-def _read_cache(path: Path, fingerprint: str) -> ImageData | None:
+def _read_cache(path: Path, fingerprint: str, view: View | None) -> ImageData | None:
     """The cached data, or None where there is none to be trusted."""
-    if not path.is_file():
-        return None
     try:
+        if not path.exists():
+            return None
         with safe_open(path, 'pt') as f:
             meta = f.metadata() or {}
             if meta.get('version') != CACHE_VERSION or meta.get('fingerprint') != fingerprint:
@@ -295,7 +210,7 @@ def _read_cache(path: Path, fingerprint: str) -> ImageData | None:
             images, targets = f.get_tensor('images'), f.get_tensor('targets')
         if _digest(images, targets) != meta['sha256']:
             raise ValueError('its checksum is wrong')
-        return ImageData(images, targets, json.loads(meta['classes']))
+        return ImageData(images, targets, json.loads(meta['classes']), view)
     except Exception as e:  # a damaged header raises safetensors' own kinds
         _logger.warning(f'{path}: decoding again, {e}')
         return None
@@ -308,15 +223,12 @@ def _write_cache(path: Path, fingerprint: str, data: ImageData) -> None:
         classes=json.dumps(data.classes),
         sha256=_digest(data.images, data.targets),
     )
-    temp = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temp = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix='.tmp')
-        os.close(handle)
-        save_file(dict(images=data.images, targets=data.targets), temp, metadata=meta)
-        os.replace(temp, path)
-    except OSError as e:  # a full or read-only disk costs the next run a decoding, no more
+        with suppress(OSError):
+            for left in path.parent.glob('.*.safetensors.*.tmp'):  # killed writers', of any data
+                remove_leftovers(path.with_name(left.name[1:].rsplit('.', 2)[0]))
+        with replacing(path) as temp:
+            save_file(dict(images=data.images, targets=data.targets), temp, metadata=meta)
+            os.chmod(temp, 0o644)
+    except Exception as e:  # of any kind: it costs the next run a decoding, no more
         _logger.warning(f'{path}: not cached ({e}); TIMM_POOLATTN_CACHE names another folder')
-    finally:
-        if temp and os.path.exists(temp):
-            os.unlink(temp)

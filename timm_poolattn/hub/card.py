@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 
 from ..models import HUB_ORG, hub_configs_dir, hub_org
-from ..papers import paper_top1
+from ..papers import DATASETS, paper_top1
 
 #: What a card says of a gate, in two sentences.
 GATE_NOTES = dict(
@@ -35,18 +35,11 @@ GATE_NOTES['saam2'] = f'{GATE_NOTES["saam"][:-1]}; two score maps are summed.'
 GATE_NOTES['saam4'] = f'{GATE_NOTES["saam"][:-1]}; four score maps are summed.'
 GATE_NOTES['fase'] = f'{GATE_NOTES["fa"][:-1]}; inside the blocks, SE scales the channels.'
 
-#: By tag: the name that a reader knows, and the Hub's id.
-_DATA_SETS = dict(
-    cifar10=('CIFAR-10', 'uoft-cs/cifar10'),
-    cifar100=('CIFAR-100', 'uoft-cs/cifar100'),
-    tiny_imagenet=('Tiny ImageNet', 'zh-plus/tiny-imagenet'),
-)
-
 
 def eval_result(results: dict[str, Any]) -> EvalResultEntry:
     """The top-1 accuracy of a release as the Hub's `.eval_results/*.yaml` has it."""
     return EvalResultEntry(
-        dataset_id=_DATA_SETS[results['tag']][1],
+        dataset_id=DATASETS[results['tag']]['hub_id'],
         task_id='default',
         value=results['test']['top1'],
         notes=f'top-1 accuracy in % on {results["test"]["images"]} test images, single view',
@@ -83,19 +76,20 @@ def _flags(options: dict[str, Any]) -> str:
 
 def metadata(results: dict[str, Any]) -> ModelCardData:
     """What the Hub reads of a card: the block at its top."""
-    data_name, data_id = _DATA_SETS.get(results['tag'], (results['tag'],) * 2)  # one's own data have no id on the Hub
+    tag = results['tag']
+    facts = DATASETS.get(tag, dict(title=tag, hub_id=tag))  # one's own data have no id on the Hub
     return ModelCardData(
         license='apache-2.0',
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm_poolattn'],
-        datasets=[data_id] if results['tag'] in _DATA_SETS else None,
-        model_name=f'{results["model"]}.{results["tag"]}',
+        datasets=[facts['hub_id']] if tag in DATASETS else None,
+        model_name=f'{results["model"]}.{tag}',
         eval_results=[
             EvalResult(
                 task_type='image-classification',
-                dataset_type=data_id,
-                dataset_name=data_name,
+                dataset_type=facts['hub_id'],
+                dataset_name=facts['title'],
                 dataset_split='test',
                 metric_type='accuracy',
                 metric_name='Top-1 accuracy (%)',
@@ -116,7 +110,7 @@ def figures(results: dict[str, Any]) -> str:
 def model_card(results: dict[str, Any]) -> ModelCard:
     """The model card of a release, from its results.json alone."""
     gate, tag = results['gate'], results['tag']
-    ours = tag in _DATA_SETS or HUB_ORG in os.environ
+    ours = tag in DATASETS or HUB_ORG in os.environ
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
@@ -127,9 +121,9 @@ def model_card(results: dict[str, Any]) -> ModelCard:
             r=results,
             name=f'{results["model"]}.{tag}',
             metadata=metadata(results).to_yaml(),
-            named=tag in _DATA_SETS,
+            named=tag in DATASETS,
             org=hub_org() if ours else 'ORG',
-            data_name=_DATA_SETS.get(tag, (tag,))[0],
+            data_name=DATASETS[tag]['title'] if tag in DATASETS else tag,
             note=GATE_NOTES[gate] if gate else 'It has no gate: a baseline of the papers.',
             row=figures(results),
             versions=', '.join(f'{k} {v}' for k, v in results['versions'].items()),

@@ -20,7 +20,7 @@ from ..utils import MissingFileError, UserError, look_up, replacing, write_text
 from ..version import __version__
 from .card import eval_result, model_card
 from .onnx_files import require_onnx, write_onnx
-from .verification import MODEL_ARGS, known_labels
+from .verification import MODEL_ARGS
 
 
 def release(
@@ -131,7 +131,7 @@ def _check_fit(run_dir: Path, tag: str, num_classes: int, config: dict[str, Any]
     if tag not in DATASETS:
         return
     facts, own = DATASETS[tag], 'choose a tag of your own, as in --tag photos'
-    if num_classes != facts['num_classes'] or classes != known_labels(tag, classes):
+    if num_classes != facts['num_classes'] or classes != facts.get('classes', classes):
         raise UserError(f'{run_dir}: its {num_classes} classes ({classes[0]}, ...) are not those of {tag}; {own}')
     if tuple(config['input_size']) != facts['input_size']:
         raise UserError(f'{run_dir}: images of {config["input_size"]}, {tag} has {facts["input_size"]}; {own}')

@@ -22,8 +22,7 @@ from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from ..data import load_images
-from ..inference import decoded_size, evaluate
+from ..inference import evaluate, load_data
 from ..models import FAMILIES, HubError, data_sha256, hub_errors, redact, released
 from ..papers import DATASETS
 from ..utils import UserError, look_up
@@ -225,14 +224,6 @@ def _in_range(name: str, value: Any, low: float, high: float) -> None:
         raise UserError(f'{name} is {value!r}, and must be {low:g} to {high:g}')
 
 
-def known_labels(tag: str, default: list[str]) -> list[str]:
-    """The class names of a data set in its order, as a release of it has them; `default` where there is none."""
-    for name, folder in released().items():
-        if name.endswith(f'.{tag}'):
-            return json.loads((folder / 'config.json').read_text())['label_names']
-    return default
-
-
 def _check_names(paths: list[str]) -> None:
     for path in paths:
         if '..' in Path(path).parts or Path(path).is_absolute() or '\\' in path or ':' in path:
@@ -350,7 +341,9 @@ class _Release:
         if len(set(labels)) < count:
             twice = next(label for label in labels if labels.count(label) > 1)
             raise UserError(f'config.json: label name {twice!r} is there twice')
-        if tag in DATASETS and (count != DATASETS[tag]['num_classes'] or labels != known_labels(tag, labels)):
+        if tag in DATASETS and (
+            count != DATASETS[tag]['num_classes'] or labels != DATASETS[tag].get('classes', labels)
+        ):
             raise UserError(f'config.json: label_names are not those of {tag} in its order')
 
     def _check_images(self, cfg: dict[str, Any]) -> None:
@@ -475,8 +468,10 @@ class _Release:
 
     def accuracy(self, data_dir: str | Path, split: str, dataset: str) -> str:
         claimed, model = self.results['test'], self.model()
-        img_mode = 'L' if model.in_chans == 1 else 'RGB'
-        data = load_images(data_dir, split, name=dataset, img_mode=img_mode, size=decoded_size(model))
+        for hold_out in (True, False):  # a fine-tuned model's claim is of what was held out, others' of all
+            data = load_data(model, data_dir, split, name=dataset, hold_out=hold_out)
+            if len(data) == claimed['images']:
+                break
         measured = evaluate(model, data)
         if measured['images'] != claimed['images']:
             raise UserError(f'claimed on {claimed["images"]:,} images, this data has {measured["images"]:,}')

@@ -17,7 +17,7 @@ from ..explain.attention import block_label
 from ..explain.figures import check_suffix, lambda_axes, plain_text, save
 from ..inference import load_pretrained
 from ..layers import SPEM
-from ..papers import model_args, table_rows
+from ..papers import DATASETS, model_args, table_rows
 from ..training import read_curve as read_run_curve
 from ..utils import MissingFileError, UserError, look_up
 from .results import load_results, read_results
@@ -25,7 +25,6 @@ from .results import load_results, read_results
 #: Okabe and Ito's colours, which people of any colour vision tell apart.
 _COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000')
 _MARKS = ('o', 's', '^', 'D', 'v', 'p', '*', 'X', '<', '>', 'h')
-_DATA_NAMES = dict(cifar10='CIFAR-10', cifar100='CIFAR-100')
 
 
 def read_curve(run: str | Path) -> list[dict[str, float]]:
@@ -274,7 +273,7 @@ def ablation_figure(name: str, ours: dict[str, dict[str, dict[float | str, list[
                             ha='right', va='bottom')  # fmt: skip
             if name == 'paths':
                 ax.set_xticks(sorted({1, 2, 4, *xs}))
-        ax.set_title(_DATA_NAMES.get(data, data), fontsize=10)
+        ax.set_title(DATASETS[data]['title'] if data in DATASETS else data, fontsize=10)
         ax.set_xlabel(axis)
         ax.set_ylabel('top-1 (%)')
         ax.grid(alpha=0.3)

@@ -12,14 +12,13 @@ import timm
 import yaml
 
 from ..bench.backbones import plain_args
-from ..papers import model_args, table_rows
+from ..papers import DATASETS, model_args, table_rows
 from ..training import recipes
 from .counts import look_up_count
 
 _PAPERS = dict(spem='SPEM', saam='SAAM', fa='FA')
-_DATASETS = dict(cifar10='CIFAR-10', cifar100='CIFAR-100', tiny_imagenet='Tiny ImageNet', imagenet5='ImageNet-5')
-#: Training images; those of ImageNet-5 are the FA paper's, Sec. V.
-_TRAIN_IMAGES = dict(cifar10=50_000, cifar100=50_000, tiny_imagenet=100_000, imagenet5=5 * 1040)
+#: ImageNet-5 is the FA paper's, Sec. V, and no model's tag.
+_DATASETS = dict(DATASETS, imagenet5=dict(title='ImageNet-5', train_images=5 * 1040))
 
 
 @cache
@@ -136,8 +135,8 @@ def training_rate(results: Sequence[dict[str, Any]]) -> tuple[float, str]:
     """
     rates = defaultdict(list)
     for r in results:
-        if r['tag'] in _TRAIN_IMAGES and r['wall_time_s']:
-            images = _TRAIN_IMAGES[r['tag']] * r['epochs']
+        if r['tag'] in DATASETS and r['wall_time_s']:
+            images = DATASETS[r['tag']]['train_images'] * r['epochs']
             rates[r['hardware']].append(r['multiply_adds'] * images / r['wall_time_s'])
     hardware = max(rates, key=lambda name: len(rates[name]), default='')
     return (statistics.median(rates[hardware]) if rates else 0.0), hardware
@@ -187,12 +186,12 @@ def report_rows(
         measured = measured_runs(args, results)
         for run in measured:
             run['difference'] = None if paper is None else round(run['top1'] - paper, 2)
-        images = _TRAIN_IMAGES[row['dataset']] * _epochs(_recipe(row))
+        images = _DATASETS[row['dataset']]['train_images'] * _epochs(_recipe(row))
         rows.append(
             dict(
                 paper=_PAPERS[row['paper']],
                 table_name=row['table'] if row['table'].startswith('Fig') else f'Table {row["table"]}',
-                dataset=_DATASETS[row['dataset']],
+                dataset=_DATASETS[row['dataset']]['title'],
                 model=args['model_name'].split('.')[0],
                 gate=counts['gate'] or 'none',
                 variant=row.get('variant', ''),

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from timm.task import TrainingTask
 from torch import nn
 from torch.optim import Optimizer
 
-from ..data import BatchErasing, ResidentDataset, ResidentLoader, list_classes, load_images
+from ..data import BatchErasing, ResidentDataset, ResidentLoader, View, list_classes, load_images
 from ..models import HubError
 from ..utils import UserError
 from .arguments import check_arguments, parse_arguments
@@ -259,14 +260,15 @@ def _can_be_resident(args: argparse.Namespace) -> bool:
     return not need
 
 
-def _decoded_size(args: argparse.Namespace) -> int | None:
-    """Side to which images of another size are brought as they are decoded; None for models that are not square.
-
-    --crop-pct leaves a margin around the model's own size: random crops in training, the centre in evaluation.
-    """
+def _view(args: argparse.Namespace, training: bool) -> View:
+    """How images are brought to the model's size. In training --crop-pct leaves a margin for random crops."""
     cfg = get_pretrained_cfg(args.model)
-    h, w = resolve_data_config(vars(args), pretrained_cfg=cfg.to_dict() if cfg else {})['input_size'][1:]
-    return None if h != w else math.floor(h / (args.crop_pct or 1))
+    config = resolve_data_config(vars(args), pretrained_cfg=cfg.to_dict() if cfg else {})
+    view = View.of({**config, 'crop_pct': args.crop_pct or 1.0})
+    if not training or view.crop_pct == 1:
+        return view
+    channels, *size = view.input_size
+    return replace(view, input_size=(channels, *(math.floor(side / view.crop_pct) for side in size)), crop_pct=1.0)
 
 
 def create_resident_dataset(
@@ -277,13 +279,12 @@ def create_resident_dataset(
     split: str = 'validation',
     download: bool = False,
     seed: int = 42,
-    input_img_mode: str = 'RGB',
     **_,
 ) -> ResidentDataset:
     """In place of timm.data.create_dataset, with the arguments of train.py before its own."""
-    size = _decoded_size(args)
+    view = _view(args, training=split == args.train_split)
     classes = None if name else list_classes(root, args.train_split)  # the evaluation split may hold a few of them
-    data = load_images(root, split, name=name, download=download, img_mode=input_img_mode, size=size, classes=classes)
+    data = load_images(root, split, name=name, download=download, view=view, classes=classes)
     if split == args.train_split:
         note(data.classes, args.num_classes)
     return ResidentDataset(data, seed)

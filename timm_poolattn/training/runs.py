@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict, create_model, get_pretrained_cfg
 from torch import nn
 
-from ..data import ImageData, list_classes, load_images
+from ..data import ImageData, View, list_classes, load_images
 from ..models import release_args, save_model
 from ..utils import MissingFileError, UserError, look_up
 
@@ -31,7 +30,7 @@ _MODEL_ARGS = dict(
     bn_eps='bn_eps',
 )
 #: What a config.json says of the images.
-_DATA_CONFIG = ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')
+_DATA_CONFIG = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
 
 
 @dataclass(frozen=True)
@@ -115,22 +114,19 @@ class Run:
             raise UserError(f'{self.folder}: {name} cannot be built as args.yaml says ({type(e).__name__}: {e})') from e
 
     def data_config(self, model: nn.Module) -> dict[str, Any]:
-        """How the run brought images to `model`: input_size, mean, std, crop_pct and interpolation."""
+        """How the run brought images to `model`: input_size, mean, std, crop_pct, crop_mode and interpolation."""
         config = resolve_data_config(self.args, model=model)
         if self.record.get('options', {}).get('resident', True):  # whose loader has its own ways
-            config.update(crop_pct=self.args.get('crop_pct') or 1.0, interpolation='bicubic')
+            config.update(crop_pct=self.args.get('crop_pct') or 1.0)
         return {k: config[k] for k in _DATA_CONFIG}
 
     def load_data(self, model: nn.Module, data_dir: str | Path | None = None) -> ImageData:
         """The images that the run evaluated `model` on, or those of `data_dir`, brought to size in the same way."""
-        config = self.data_config(model)
-        channels, height, width = config['input_size']
         return load_images(
             data_dir or self.args['data_dir'],
             self.args.get('val_split') or 'validation',
             name=self.args.get('dataset') or '',
-            img_mode=self.args.get('input_img_mode') or ('RGB' if channels == 3 else 'L'),
-            size=math.floor(height / config['crop_pct']) if height == width else None,
+            view=View.of(self.data_config(model)),
             classes=self.record.get('classes'),  # of which a split may hold a few
         )
 

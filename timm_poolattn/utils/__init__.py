@@ -3,6 +3,7 @@ from .devices import look_up_device
 from .errors import MissingFileError, UserError
 from .files import remove_leftovers, replacing, write_text
 from .names import look_up
+from .progress import progress
 from .releases import HUB_ORG, hub_configs_dir, released
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     'hub_configs_dir',
     'look_up',
     'look_up_device',
+    'progress',
     'released',
     'remove_leftovers',
     'replacing',

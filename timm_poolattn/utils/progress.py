@@ -1,0 +1,8 @@
+"""The one progress bar."""
+
+from functools import partial
+
+from tqdm import tqdm
+
+#: tqdm, silent for what takes under a second and where the output is no terminal.
+progress = partial(tqdm, delay=1, disable=None)
