@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 #: Trains, and writes what its rank saw: each batch's images (by number) and the losses, and the weights it ends with.
 SCRIPT = """
-import importlib, json, os, sys
+import json, os, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from timm_poolattn.data import ResidentLoader
-training = importlib.import_module('timm_poolattn.training.train')  # the package's own name for it is the function
+from timm_poolattn.training import train
+from timm_poolattn.training.penalty import PenaltyMixin
 
 out, rank = Path(sys.argv[1]), os.environ.get('RANK', '0')
 seen, losses, tasks = [], [], []
@@ -31,16 +32,16 @@ def recorded(self, window, top, left, boxes):
     return gather(self, window, top, left, boxes)
 ResidentLoader._gather = recorded
 
-forward = training.PenaltyMixin.forward
+forward = PenaltyMixin.forward
 def kept(self, input, target):
     tasks[:] = [self]
     result = forward(self, input, target)
     losses.append(result['loss'].item())
     return result
-training.PenaltyMixin.forward = kept
+PenaltyMixin.forward = kept
 
 torch.set_num_threads(1)
-training.train(sys.argv[2:-1], timm_script=sys.argv[-1])
+train(sys.argv[2:-1], timm_script=sys.argv[-1])
 (out / f'seen-{rank}.json').write_text(json.dumps([seen, losses]))
 state = tasks[0].get_checkpoint_state()['state_dict']
 save_file({k: v.contiguous() for k, v in state.items()}, out / f'weights-{rank}.safetensors')

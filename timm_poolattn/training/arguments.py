@@ -13,7 +13,7 @@ import yaml
 from timm.optim import list_optimizers
 
 from ..models import check_model_name
-from ..utils import MissingFileError, UserError, look_up
+from ..utils import MissingFileError, UserError, look_up, look_up_device
 
 #: Those of timm's create_scheduler_v2; of any other name it makes a constant rate without a word.
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'constant', 'none')
@@ -117,7 +117,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_model_name(args.model)
     if args.kd_model_name:
         check_model_name(args.kd_model_name)
-    check_device(args.device)
+    look_up_device(args.device)
     if twice := sorted((args.model_kwargs or {}).keys() & _OPTIONS.keys()):
         said = ', '.join(f'{key} is --{_OPTIONS[key]}' for key in twice)
         raise UserError(f'--model-kwargs: train.py has options of its own for these: {said}')
@@ -128,17 +128,3 @@ def check_arguments(args: argparse.Namespace) -> None:
         path = getattr(args, option)
         if path and not Path(path).is_file():
             raise MissingFileError(f'--{option.replace("_", "-")}: no file {path}')
-
-
-def check_device(name: str) -> str:
-    """Return `name` if this machine has that device.
-
-    Raises:
-        UserError: it has not, or there is none of the name.
-    """
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        has = ', '.join(['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))])
-        raise UserError(f'device {name!r} is not on this machine, which has {has}; give one of them') from e
-    return name
