@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,10 +104,10 @@ zoo.main()
 
 
 @pytest.mark.slow
-def test_a_killed_zoo_goes_on_where_it_was(train_script, image_folder, tmp_path):
+def test_a_killed_zoo_goes_on_where_it_was(train_script, cifar10_few, tmp_path):
     (tmp_path / 'hub_configs').mkdir()
     (tmp_path / 'data').mkdir()
-    image_folder.rename(tmp_path / 'data' / 'cifar10')
+    shutil.copytree(cifar10_few, tmp_path / 'data' / 'cifar10')
     path = manifest(
         tmp_path,
         '- {models: [resnet20_saam, resnet20_fa], data: [cifar10], recipe: cpu-short,'
