@@ -6,9 +6,13 @@ import torch
 from torch import nn
 
 import timm_poolattn
-from timm_poolattn.layers import Focus, FocusAssociation, IdentityInit
+from timm_poolattn.layers import Focus
+from timm_poolattn.models import FAMILIES
 from timm_poolattn.models.insertion import InsertedGate, InsertedStage
 from timm_poolattn.utils import UserError
+
+from . import insertion_table
+from .insertion_table import assert_same_state, gates_of, state_of
 
 #: One small model of each family, how many residual blocks it has, and how many of them FA gates.
 MODELS = {
@@ -38,30 +42,13 @@ def create(name, **kwargs):
     return model.eval()
 
 
-def snapshot(model):
-    """All that a refusal, or an insertion undone, leaves as it was: structure, modes, weights and buffers."""
-    modes = {name: m.training for name, m in model.named_modules()}
-    attributes = {name: sorted(vars(m)) for name, m in model.named_modules()}
-    return str(model), modes, attributes, {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def assert_same(after, before):
-    assert after[:3] == before[:3]
-    torch.testing.assert_close(after[3], before[3], rtol=0, atol=0, equal_nan=True)
-
-
-def inserted(model):
-    """The gates as they start, with their alpha."""
-    return [m for m in model.modules() if isinstance(m, IdentityInit | FocusAssociation)]
-
-
 @pytest.mark.parametrize('gate', ['saam', 'fa'])
 @pytest.mark.parametrize('name', MODELS)
 def test_insertion_changes_nothing_and_removal_undoes_it(name, gate):
     model = create(name)
     keys, before = list(model.state_dict()), model(X)
     assert timm_poolattn.insert(model, gate) is model and not model.training
-    gates = inserted(model)
+    gates = gates_of(model)
     assert len(gates) == MODELS[name][gate == 'fa']
     torch.testing.assert_close(model(X), before, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
@@ -76,7 +63,7 @@ def test_insertion_changes_nothing_and_removal_undoes_it(name, gate):
 def test_training_moves_the_gate(gate):
     model = timm_poolattn.insert(create('resnet18'), gate).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    gates = inserted(model)
+    gates = gates_of(model)
     start = [p.clone() for p in gates[-1].parameters() if p.ndim]
     for _ in range(3):
         optimizer.zero_grad()
@@ -126,7 +113,7 @@ def test_a_model_as_any_other(name, gate):
     """Copied, saved and loaded, compiled, scripted, checkpointed, and read for features."""
     model = timm_poolattn.insert(create(name), gate)
     with torch.no_grad():
-        for module in inserted(model):
+        for module in gates_of(model):
             module.alpha.fill_(0.5)
     expected = model(X)
     other = timm_poolattn.insert(create(name), gate)
@@ -141,7 +128,7 @@ def test_a_model_as_any_other(name, gate):
     model.set_grad_checkpointing()
     torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)  # the blocks are run with their gates
     model.train()(X).sum().backward()
-    assert all(module.alpha.grad is not None for module in inserted(model))
+    assert all(module.alpha.grad is not None for module in gates_of(model))
 
 
 def test_skipping():
@@ -254,10 +241,10 @@ def test_what_does_not_fit_is_refused_and_unchanged(model, gate, why, training):
     model = model().train(training)
     for i, module in enumerate(model.modules()):
         module.training = module.training ^ (i % 3 == 1)
-    before = snapshot(model)
+    before = state_of(model)
     with pytest.raises(UserError, match=f'cannot carry the gate: .*{why}'):
         timm_poolattn.insert(model, gate)
-    assert_same(snapshot(model), before)
+    assert_same_state(model, before)
 
 
 @pytest.mark.parametrize('gate', ['spem', 'fa'])
@@ -268,14 +255,14 @@ def test_modes_stay(gate):
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     model.layer2.eval()
-    before = snapshot(model)
+    before = state_of(model)
     timm_poolattn.insert(model, gate)
     own = {m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.Conv2d | timm.layers.DropPath)}
     assert {m.training for m in own if isinstance(m, nn.BatchNorm2d)} == {False}
-    assert all(m.training == ('layer2' not in name) for name, m in model.named_modules() if m in inserted(model))
+    assert all(m.training == ('layer2' not in name) for name, m in model.named_modules() if m in gates_of(model))
     with torch.no_grad():
         model(X)
-    assert_same(snapshot(timm_poolattn.remove(model)), before)
+    assert_same_state(timm_poolattn.remove(model), before)
 
 
 @pytest.mark.parametrize(
@@ -290,11 +277,24 @@ def test_modes_stay(gate):
 def test_other_networks(model, count):
     model = model().eval()
     x = torch.randn(2, 3, 32, 32)
-    before, expected = snapshot(model), model(x)
-    assert len(inserted(timm_poolattn.insert(model, 'spem'))) == count and model(x).equal(expected)
+    before, expected = state_of(model), model(x)
+    assert len(gates_of(timm_poolattn.insert(model, 'spem'))) == count and model(x).equal(expected)
     model(x).sum().backward()
-    assert all(gate.alpha.grad for gate in inserted(model))
-    assert_same(snapshot(timm_poolattn.remove(model)), before)
+    assert all(gate.alpha.grad for gate in gates_of(model))
+    assert_same_state(timm_poolattn.remove(model), before)
+
+
+def test_the_table_has_every_family():
+    lines = insertion_table.README.read_text(encoding='utf-8').splitlines()
+    families = [family for family in timm.list_modules() if family not in FAMILIES]
+    assert sorted(insertion_table.MODELS) == sorted(families)
+    assert [line.split()[1] for line in lines if line.startswith('| ')][1:] == sorted(families)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', insertion_table.MODELS)
+def test_the_table_holds(family):
+    assert insertion_table.row(family) in insertion_table.README.read_text(encoding='utf-8').splitlines()
 
 
 @pytest.mark.parametrize('gate', ['saam', 'fa'])
