@@ -111,7 +111,7 @@ def test_a_killed_zoo_goes_on_where_it_was(train_script, cifar10_few, tmp_path):
     path = manifest(
         tmp_path,
         '- {models: [resnet20_saam, resnet20_fa], data: [cifar10], recipe: cpu-short,'
-        " args: [--epochs, '12', --batch-size, '4', --num-classes, '2']}",
+        " args: [--epochs, '12', --batch-size, '20']}",
     )
     command = [sys.executable, '-c', _ZOO_IN, str(SCRIPT), str(tmp_path), '--manifest', str(path)]
     command += ['--data-root', str(tmp_path / 'data'), '--runs', str(tmp_path / 'runs'), '--jobs', '1']
