@@ -129,12 +129,10 @@ def test_best_checkpoint_and_moving_average(run_dir, tmp_path):
     assert 'did best on these test images, which flatters the accuracy' in (folder / 'README.md').read_text()
 
     checkpoint = torch.load(run_dir / 'last.pth.tar', weights_only=False)
-    checkpoint['state_dict_ema'] = {
-        f'_orig_mod.{k}': torch.full_like(w, 2) for k, w in checkpoint['state_dict'].items()
-    }
+    checkpoint['state_dict_ema'] = {f'_orig_mod.{k}': torch.zeros_like(w) for k, w in checkpoint['state_dict'].items()}
     torch.save(checkpoint, run_dir / 'last.pth.tar')
     folder = release(run_dir, 'cifar10', out=tmp_path / 'ema')
-    assert all((w == 2).all() for w in load_file(folder / 'model.safetensors').values())
+    assert all((w == 0).all() for w in load_file(folder / 'model.safetensors').values())
     assert json.loads((folder / 'results.json').read_text())['checkpoint']['ema'] is True
     assert '(the exponential moving average)' in (folder / 'README.md').read_text()
 
