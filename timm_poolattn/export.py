@@ -1,5 +1,6 @@
 """Files that run without this package: ONNX, TorchScript and torch.export's pt2, each checked against the model."""
 
+import io
 import os
 import warnings
 from collections.abc import Callable
@@ -63,11 +64,15 @@ def _run_onnx(path: str, images: torch.Tensor) -> torch.Tensor:
 
 
 def _write_torchscript(model: nn.Module, images: torch.Tensor, path: str) -> None:
-    torch.jit.script(model).save(path)
+    buffer = io.BytesIO()  # torch's own writer ends the process where a disk is full
+    torch.jit.save(torch.jit.script(model), buffer)
+    Path(path).write_bytes(buffer.getbuffer())
 
 
 def _write_pt2(model: nn.Module, images: torch.Tensor, path: str) -> None:
-    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},)), path)
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},)), buffer)
+    Path(path).write_bytes(buffer.getbuffer())
 
 
 _Write = Callable[[nn.Module, torch.Tensor, str], None]

@@ -43,6 +43,7 @@ def _map_sizes(models: Sequence[str]) -> dict[tuple[int, int], str]:
     """Channels and side of the maps that the stages of `models` have, with the first model that has each."""
     sizes: dict[tuple[int, int], str] = {}
     for name in models:
+        look_up('model', name, timm.list_models())
         model = timm.create_model(name, device='meta')
         side = model.pretrained_cfg['input_size'][-1]
         for info in (info for info in model.feature_info if info['module'] != 'act1'):  # that of a stem

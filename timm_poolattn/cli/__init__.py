@@ -1,7 +1,6 @@
 """`poolattn`: each command calls a function of the package that a notebook can call too."""
 
 import sys
-import traceback
 
 import click
 
@@ -19,11 +18,6 @@ class OneLineError(click.ClickException):
     """A user's mistake: one line, exit code 2."""
 
     exit_code = 2
-
-
-def _raised_by_us(e: Exception) -> bool:
-    *_, (frame, _) = traceback.walk_tb(e.__traceback__)
-    return frame.f_globals['__name__'].startswith('timm_poolattn')
 
 
 class Poolattn(click.Group):
@@ -54,10 +48,6 @@ class Poolattn(click.Group):
         except KeyboardInterrupt as e:
             click.echo(str(e) or 'interrupted', err=True)
             sys.exit(130)  # a shell's code for it
-        except (ValueError, FileNotFoundError) as e:
-            if isinstance(e, FileNotFoundError) or _raised_by_us(e):  # others are defects, with their traceback
-                raise OneLineError(str(e)) from e
-            raise
 
 
 @click.group(cls=Poolattn, context_settings=dict(help_option_names=['-h', '--help']))

@@ -8,6 +8,7 @@ import torch
 from timm.data import Mixup
 from torch.nn import functional as F
 
+from ..utils import UserError
 from .images import ImageData
 
 
@@ -52,7 +53,7 @@ class BatchErasing:
         aspect: float = 0.3,
     ) -> None:
         if mode not in ('const', 'rand', 'pixel'):
-            raise ValueError(f'--remode {mode}: choose from const, rand, pixel')
+            raise UserError(f'--remode {mode}: choose from const, rand, pixel')
         self.probability = probability
         self.mode = mode
         self.max_count = max_count
@@ -151,12 +152,12 @@ class ResidentLoader:
         h, w, c = images.shape[1:]
         channels, *size = input_size
         if c != channels or h < size[0] or w < size[1]:
-            raise ValueError(
+            raise UserError(
                 f'the images are {c}x{h}x{w} and the model wants {"x".join(map(str, input_size))};'
                 f' give --input-size {c} {h} {w}, or use --no-resident to resize them'
             )
         if len(dataset) < world_size:
-            raise ValueError(f'{len(dataset)} images are too few for {world_size} processes; start fewer')
+            raise UserError(f'{len(dataset)} images are too few for {world_size} processes; start fewer')
         self.dataset = dataset
         self.batch_size = batch_size
         self.is_training = is_training

@@ -29,7 +29,10 @@ except ModuleNotFoundError:  # Windows, where nothing keeps two runs from one fo
 def new_folder(output: Path, name: str) -> Path:
     """Make a folder of the time and `name` in `output`, which no other run gets."""
     start = f'{datetime.now():%Y%m%d-%H%M%S}-{name}'
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'{output}: cannot be made ({e.strerror}); --output names another') from e
     for number in range(1, 1000):
         folder = output / (start if number == 1 else f'{start}-{number}')
         with suppress(FileExistsError):
