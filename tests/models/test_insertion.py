@@ -220,6 +220,7 @@ class Net(nn.Module):
     [
         (lambda: timm.create_model('mambaout_femto'), 'spem', r'maps of \(2, 56, 56, 48\)'),
         (lambda: timm.create_model('mambaout_femto'), 'fa', r'maps of \(2, 56, 56, 48\)'),
+        (lambda: timm.create_model('resnest14d'), 'saam', 'passes its input through drop_path'),
         (lambda: timm.create_model('edgenext_xx_small'), 'spem', r'stages\.1\.blocks\.1 has \(2, 1024, 48\)'),
         (lambda: Net([Block(channels_last=True)]), 'saam', r'maps of \(2, 224, 224, 8\)'),
         (lambda: Net([Block(channels_last=True)], size=32), 'saam', r'maps of \(2, 32, 32, 8\)'),

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,15 +62,15 @@ class InsertedStage(Stage):
 
 
 class _Probe(nn.Module):
-    """Stands where a gate could, and reports the shape of each map that passes."""
+    """Stands where a gate could, and reports each map that passes."""
 
-    def __init__(self, replaced: nn.Module | None, report: Callable[[torch.Size], None]) -> None:
+    def __init__(self, replaced: nn.Module | None, report: Callable[[torch.Tensor], None]) -> None:
         super().__init__()
         self.replaced = replaced
         self.report = report
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.report(x.shape)
+        self.report(x)
         return x if self.replaced is None else self.replaced(x)
 
 
@@ -240,8 +241,20 @@ def _create(create: Callable[..., nn.Module], block: nn.Module, *args, **kwargs)
 def _insert_gates(model: nn.Module, gate: str, blocks: list[nn.Module], gate_kwargs: dict[str, Any]) -> bool:
     """Put gates in front of every drop_path that is used; False if none is."""
     calls: list[tuple] = []
-    probes = {block: _Probe(block.drop_path, lambda s, b=block: calls.append((b, s))) for block in blocks}
-    hooks = [block.register_forward_pre_hook(lambda m, args: calls.append((m, None))) for block in blocks]
+    inputs: dict[nn.Module, tuple] = {}
+    shortcuts: set[nn.Module] = set()  # blocks that pass their input to drop_path
+
+    def enter(block: nn.Module, args: tuple) -> None:
+        inputs[block] = args
+        calls.append((block, None))
+
+    def report(block: nn.Module, x: torch.Tensor) -> None:
+        calls.append((block, x.shape))
+        if any(x is arg for arg in inputs.get(block, ())):
+            shortcuts.add(block)
+
+    probes = {block: _Probe(block.drop_path, partial(report, block)) for block in blocks}
+    hooks = [block.register_forward_pre_hook(enter) for block in blocks]
     try:
         for block, probe in probes.items():
             block.drop_path = probe
@@ -258,8 +271,10 @@ def _insert_gates(model: nn.Module, gate: str, blocks: list[nn.Module], gate_kwa
         if not any(maps):
             continue
         channels[block] = _map_channels(model, block, [s for seen in maps for s in seen])
+        name = next(name for name, m in model.named_modules() if m is block)
+        if block in shortcuts:
+            raise _refusal(model, f'{name} passes its input through drop_path, not the end of a residual branch')
         if any(2 * len(m) > len(s) for m, s in zip(maps, shapes, strict=True)):
-            name = next(name for name, m in model.named_modules() if m is block)
             raise _refusal(model, f'{name} uses its drop_path for more than one branch')
     gates = {block: _create(create_gate, block, gate, c, **gate_kwargs) for block, c in channels.items()}
     for block, module in gates.items():  # all are made before one is put in
