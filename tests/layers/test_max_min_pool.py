@@ -68,6 +68,20 @@ def test_torch_func(fused, layout):
     torch.testing.assert_close(hessian(energy)(x), torch.autograd.functional.hessian(energy, x, vectorize=True))
 
 
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+def test_compiled(fused, layout):
+    x = LAYOUTS[layout](torch.randn(3, 2, 4, 3, dtype=torch.double))
+    by_sample = vmap(grad(lambda sample: energy(sample[None])))
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(by_sample, backend='aot_eager', fullgraph=True)(x), by_sample(x))
+    gradients = []
+    for f in (energy, torch.compile(energy, backend='aot_eager', fullgraph=True)):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        f(leaf).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_operator():
     for shape in ((2, 3, 4, 5), (1, 1, 1, 1), (0, 3, 4, 5)):
         torch.library.opcheck(torch.ops.timm_poolattn.extreme_positions, (torch.randn(shape),))

@@ -1,8 +1,12 @@
-"""Global max and min pooling, Eq. 1 of the SPEM paper, in the form that each mode runs fastest.
+"""Global max and min pooling, Eq. 1 of the SPEM paper, in one form for training and one for all else.
 
-Autograd's formula for amax compares the whole map with its maximum and counts the ties, in several passes. In eager
-training the positions of the extremes are found first, without a gradient, and the values are gathered there: the
-gradient is then written to those positions alone. Both forms are made of torch's own operators.
+Autograd's formula for amax compares the whole map with its maximum and counts the ties, in several passes. In training
+the positions of the extremes are found first, by an operator that has no gradient, and the values are gathered there:
+the gradient goes to those positions alone, by torch's own formulas in every mode of autodiff.
+
+What it gains, as the CPU time of a training step over that of the plain network, gathered and with amax and amin, in
+turns in one run (resnet83 at depth 29, batch 32, float32, one thread of an AMD EPYC with AVX2): 1.15 and 1.41
+compiled, channels last; 1.24 and 1.68 eager, channels last; 1.28 and 1.44 eager, contiguous.
 """
 
 import os
@@ -15,12 +19,12 @@ _use_fused = os.environ.get('TIMM_POOLATTN_FUSED_POOL', '1') != '0'
 
 
 def use_fused_pool() -> bool:
-    """Return True if eager training gathers the extremes; see `set_fused_pool`."""
+    """Return True if training gathers the extremes; see `set_fused_pool`."""
     return _use_fused
 
 
 def set_fused_pool(enable: bool = True) -> None:
-    """Let eager training gather the extremes (the start value), or use amax and amin as every other mode does.
+    """Let training gather the extremes (the start value), or use amax and amin as all else does.
 
     In the manner of timm's `set_fused_attn`. TIMM_POOLATTN_FUSED_POOL=0 in the environment starts with False.
     """
@@ -41,8 +45,8 @@ def max_min_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _gathers(x: torch.Tensor) -> bool:
-    """Return True in eager training. What is captured as a graph keeps to amax and amin, which inductor fuses."""
-    if not _use_fused or isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Return True in training. A graph that leaves this process keeps to torch's own operators, amax and amin."""
+    if not _use_fused or isinstance(x, fx.Proxy) or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
     return torch.is_grad_enabled() and x.requires_grad
 
