@@ -8,10 +8,9 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..layers import GATES, FocusAssociation, create_gate, fa_weight
-from ..utils import look_up
+from ..utils import look_up, progress
 from .machine import LAYOUTS, describe_machine
 from .memory import bytes_moved, peak_bytes
 from .timer import median_ratio, time_in_turns
@@ -94,7 +93,7 @@ def bench_gates(
     sizes = _map_sizes(models)
     cases = list(product(dtypes, layouts, sizes))
     rows = []
-    for dtype, layout, (channels, side) in tqdm(cases, 'measuring', unit='size', delay=1, leave=False, disable=None):
+    for dtype, layout, (channels, side) in progress(cases, 'measuring', unit='size'):
         torch.compiler.reset()  # or the limit of recompilations ends the compiled ones
         dd = dict(device=device, dtype=getattr(torch, dtype))
         x, u, g = (

@@ -5,7 +5,7 @@ import statistics
 import subprocess
 import sys
 
-from tqdm import tqdm
+from ..utils import progress
 
 _IMPORT = """
 import json, time
@@ -24,7 +24,7 @@ def bench_import(runs: int = 5) -> dict[str, float]:
         Medians `timm_ms` and `timm_poolattn_ms`, and the median `ratio` of the second to the first.
     """
     times = []
-    for _ in tqdm(range(runs), desc='importing', delay=1, leave=False, disable=None):
+    for _ in progress(range(runs), desc='importing'):
         done = subprocess.run([sys.executable, '-c', _IMPORT], capture_output=True, text=True, check=True)
         times.append(json.loads(done.stdout))
     return dict(

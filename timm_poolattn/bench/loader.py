@@ -11,11 +11,10 @@ from unittest import mock
 import torch
 from timm.data import create_dataset, create_loader
 from torch.utils.benchmark import timer
-from tqdm import tqdm
 
 from ..data import ImageData, ResidentDataset, ResidentLoader, load_images
 from ..papers import DATASETS
-from ..utils import MissingFileError
+from ..utils import MissingFileError, progress
 from .timer import median_ratio
 
 
@@ -62,7 +61,7 @@ def bench_loader(
     if airbench:
         loaders['airbench'] = _airbench_loader(Path(airbench), data, batch_size, device)
     rates: dict[str, list[float]] = {name: [] for name in loaders}
-    for turn in tqdm(range(repeats + 1), desc='measuring', unit='turn', delay=1, leave=False, disable=None):
+    for turn in progress(range(repeats + 1), desc='measuring', unit='turn'):
         for name, loader in loaders.items():
             rate = loading_rate(loader, seconds, by_epoch=loader is not timms)
             if turn:  # the first warms up

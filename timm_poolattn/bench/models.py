@@ -12,9 +12,8 @@ import torch
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from ..utils import MissingFileError, look_up
+from ..utils import MissingFileError, look_up, progress
 from .backbones import plain_args
 from .machine import LAYOUTS, describe_machine
 from .memory import peak_bytes
@@ -80,7 +79,7 @@ def bench_models(
     dtypes = [look_up('dtype', dtype, DTYPES) for dtype in dtypes]
     authors = _spem_authors(spem_authors).to(device) if spem_authors else None
     rows = []
-    bar = tqdm(total=len(names) * len(layouts) * len(dtypes), desc='measuring', delay=1, leave=False, disable=None)
+    bar = progress(total=len(names) * len(layouts) * len(dtypes), desc='measuring')
     for name in names:
         plain = plain_args(name)
         build = {

@@ -10,10 +10,9 @@ import timm
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from ..training import PenaltyTask
-from ..utils import look_up
+from ..utils import look_up, progress
 from .backbones import plain_args
 from .memory import peak_bytes
 from .timer import time_in_turns
@@ -58,7 +57,7 @@ def bench_train(
     device = torch.device(device)
     variants = [(name, args) for name in names for args in _with_and_without_gate(name)]
     rows = []
-    for name, args in tqdm(variants, 'measuring', unit='model', delay=1, leave=False, disable=None):
+    for name, args in progress(variants, 'measuring', unit='model'):
         torch.compiler.reset()  # or the limit of recompilations ends the compiled ones
         steps_of = {
             mode: _step(timm.create_model(**args).to(device), mode, batch_size, device, dtype, compile_mode)

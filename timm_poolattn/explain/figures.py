@@ -15,10 +15,9 @@ from matplotlib.patches import Patch
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, resolve_data_config
 from torch import nn
-from tqdm import tqdm
 
 from ..inference import class_names, load_pretrained, read_image
-from ..utils import MissingFileError, UserError, replacing
+from ..utils import MissingFileError, UserError, progress, replacing
 from .attention import attention_trace, block_label, evaluating, find_gates
 
 Trace = dict[str, dict[str, Any]]
@@ -88,8 +87,7 @@ def explain(paths: Iterable[str | Path], name: str, out: str | Path, compare: Se
     if not find_gates(models[name]):
         raise UserError(f'{name} has no gates to explain; --compare takes it beside a model that has')
     written, unread = [], []
-    bar = tqdm(targets.items(), desc='explaining', unit='image', delay=1, leave=False, disable=None)
-    for path, target in bar:
+    for path, target in progress(targets.items(), desc='explaining', unit='image'):
         try:
             image = read_image(path)
         except ValueError as e:

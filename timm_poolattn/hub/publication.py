@@ -12,10 +12,9 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from tqdm import tqdm
 
 from ..models import HubError, hub_errors, redact
-from ..utils import UserError
+from ..utils import UserError, progress
 from .verification import download, resolve, verify_folder
 
 #: Seconds to wait for an answer, where HF_HUB_DOWNLOAD_TIMEOUT is not more. huggingface_hub would wait for ever.
@@ -105,7 +104,7 @@ def publish(
     if quiet:
         disable_progress_bars()  # those of several uploads would mix
     try:
-        with tqdm(total=len(_STEPS) * len(folders), desc='publishing', unit='step', disable=None) as bar:
+        with progress(total=len(_STEPS) * len(folders), desc='publishing', unit='step') as bar:
             pool = ThreadPoolExecutor(workers)
             try:
                 return list(pool.map(run, folders))

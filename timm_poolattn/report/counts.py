@@ -8,10 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..papers import model_args, table_rows
-from ..utils import write_text
+from ..utils import progress, write_text
 
 _FILE = Path(__file__).with_name('counts.json')
 
@@ -55,8 +53,8 @@ def countable() -> dict[str, dict[str, Any]]:
 
 def write_counts() -> None:
     """Count everything that is `countable` into the file, a line each."""
-    bar = tqdm(countable().items(), desc='counting', unit='model', disable=None)
-    lines = [f'{json.dumps(key)}: {json.dumps(count_model(**args))}' for key, args in bar]
+    models = progress(countable().items(), desc='counting', unit='model')
+    lines = [f'{json.dumps(key)}: {json.dumps(count_model(**args))}' for key, args in models]
     write_text(_FILE, '{\n' + ',\n'.join(lines) + '\n}\n')
 
 
