@@ -4,11 +4,10 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
-from ..utils import MissingFileError, UserError
+from ..utils import MissingFileError
 
 #: timm's train.py takes every option that is none of ours.
 _TIMM_ARGS = dict(ignore_unknown_options=True, allow_extra_args=True, allow_interspersed_args=True)
@@ -39,18 +38,6 @@ def train_options(command: Callable) -> Callable:
     return command
 
 
-def _until_it_stops(function: Callable, *args, **options) -> Any:
-    """Call `train` or `finetune`; what stops a run ends in one line."""
-    from ..training import RunStopped
-
-    try:
-        return function(*args, **options)
-    except RunStopped as e:
-        raise UserError(str(e)) from e
-    except KeyboardInterrupt as e:
-        raise KeyboardInterrupt(str(e) or 'interrupted before the first epoch') from e
-
-
 @click.command(context_settings=_TIMM_ARGS)
 @click.option('--recipe', help='A name in train_scripts/recipes; every other argument overrides its values.')
 @train_options
@@ -61,7 +48,7 @@ def train(timm_args, **options) -> None:
     """
     from ..training import train
 
-    _until_it_stops(train, timm_args, **options)
+    train(timm_args, **options)
 
 
 @click.command(context_settings=_TIMM_ARGS)
@@ -77,7 +64,7 @@ def finetune(data_dir, timm_args, **options) -> None:
     """
     from ..training import finetune
 
-    result = _until_it_stops(finetune, data_dir, timm_args, **options)
+    result = finetune(data_dir, timm_args, **options)
     click.echo(result.table())
     picture = result.figure or "not drawn: pip install 'timm_poolattn[explain]'"
     click.echo(f'confusion matrix: {picture}')

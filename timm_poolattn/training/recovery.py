@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class RunStopped(RuntimeError):
+class RunStopped(UserError, RuntimeError):
     """A run that cannot go on; the message says where it stopped, why, and what to do."""
 
 

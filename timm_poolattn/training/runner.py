@@ -20,7 +20,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..data import BatchErasing, ResidentDataset, ResidentLoader, View, list_classes, load_images
-from ..models import HubError
 from ..utils import UserError
 from .arguments import check_arguments, parse_arguments
 from .penalty import PenaltyMixin, with_penalty
@@ -209,7 +208,7 @@ def _create_model(
         if start:
             doing = f'--initial-checkpoint {start} for --model {name}'
             load_checkpoint(model, start)
-    except (UserError, HubError):
+    except UserError:
         raise
     except Exception as e:  # of timm's, of the model's and of the Hub's own kinds
         raise UserError(f'{doing} cannot be: {type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
