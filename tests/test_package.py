@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from timm_poolattn.models import released
 from timm_poolattn.training import recipes
+from timm_poolattn.utils import released
 
 ROOT = Path(__file__).parents[1]
 USE = """
 import json, timm, timm_poolattn
-from timm_poolattn.models import released
+from timm_poolattn.utils import released
 from timm_poolattn.training import recipes
 model = timm.create_model('resnet20_saam', pretrained=True)
 total = float(sum(p.sum() for p in model.parameters()))

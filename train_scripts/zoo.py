@@ -43,10 +43,10 @@ from tqdm import tqdm
 
 import timm_poolattn  # noqa: F401  registers the models
 from timm_poolattn.data import load_images
-from timm_poolattn.models import check_model_name, hub_configs_dir
+from timm_poolattn.models import check_model_name
 from timm_poolattn.report.results import RESULTS_DIR, load_results
 from timm_poolattn.training import newest_checkpoint, read_curve, recipes
-from timm_poolattn.utils import UserError, look_up, replacing, write_text
+from timm_poolattn.utils import UserError, hub_configs_dir, look_up, replacing, write_text
 
 HERE = Path(__file__).parent
 

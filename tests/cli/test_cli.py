@@ -14,8 +14,8 @@ from PIL import Image
 
 from timm_poolattn.cli import main
 from timm_poolattn.cli.options import echo_json
-from timm_poolattn.models import released
 from timm_poolattn.report.model_list import list_models
+from timm_poolattn.utils import released
 
 
 def run(*args, code=0):

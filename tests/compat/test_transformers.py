@@ -9,7 +9,7 @@ import timm
 import torch
 from PIL import Image
 
-from timm_poolattn.models import released
+from timm_poolattn.utils import released
 
 from ..hub.conftest import hub  # noqa: F401  a Hub on this machine
 

@@ -11,7 +11,7 @@ from huggingface_hub.utils import _http
 from safetensors.torch import load_file, save_file
 
 from timm_poolattn.hub.releases import seal
-from timm_poolattn.models import released
+from timm_poolattn.utils import released
 
 from .server import HubServer
 

@@ -16,9 +16,9 @@ import timm_poolattn
 from timm_poolattn.data import load_images
 from timm_poolattn.hub import model_card, verify
 from timm_poolattn.inference import evaluate, load_pretrained, predict
-from timm_poolattn.models import multiply_adds, released, save_model
+from timm_poolattn.models import multiply_adds, save_model
 from timm_poolattn.papers import DATASETS, model_args, table_rows
-from timm_poolattn.utils import UserError
+from timm_poolattn.utils import UserError, released
 
 RELEASED = released()
 EMBEDDED = ['resnet20_fa.cifar10', 'resnet20_saam.cifar10', 'resnet20_spem.cifar10']

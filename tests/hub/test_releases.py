@@ -24,11 +24,11 @@ from timm_poolattn.data import load_images
 from timm_poolattn.hub import model_card, release, verify
 from timm_poolattn.hub.card import GATE_NOTES
 from timm_poolattn.inference import evaluate
-from timm_poolattn.models import FAMILIES, multiply_adds, released
+from timm_poolattn.models import FAMILIES, multiply_adds
 from timm_poolattn.papers import paper_top1
 from timm_poolattn.report.model_list import list_models
 from timm_poolattn.training.timm_script import load_train_script
-from timm_poolattn.utils import UserError, replacing
+from timm_poolattn.utils import UserError, released, replacing
 
 from .conftest import KILL_POINTS
 
@@ -342,7 +342,7 @@ def test_what_a_kill_left_is_ignored(tmp_path):
     assert list(folder.parent.glob('.resnet20_saam.photos*/resnet20_saam.photos/config.json'))
     code = (
         'import json, runpy, timm_poolattn\n'
-        'from timm_poolattn.models import released\n'
+        'from timm_poolattn.utils import released\n'
         'from timm_poolattn.report.model_list import list_models\n'
         'from timm_poolattn.report.page import write_report\n'
         "runpy.run_module('timm_poolattn.hub', run_name='__main__')\n"

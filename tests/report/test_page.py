@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from timm_poolattn.models import released
 from timm_poolattn.papers import model_args, table_rows
 from timm_poolattn.report import page as report
 from timm_poolattn.report.model_list import list_models
@@ -15,7 +14,7 @@ from timm_poolattn.report.page import markdown_report, read_benchmark, summary_t
 from timm_poolattn.report.results import load_results, read_results
 from timm_poolattn.report.rows import measured_runs, recipe_name, report_rows, results_of, training_rate
 from timm_poolattn.training import recipes
-from timm_poolattn.utils import UserError
+from timm_poolattn.utils import UserError, released
 
 from ..cli.test_cli import fails
 

@@ -9,7 +9,6 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
-from timm_poolattn.models import released
 from timm_poolattn.report.plots import (
     ablation_figure,
     ablation_points,
@@ -18,6 +17,7 @@ from timm_poolattn.report.plots import (
     learned_lambda,
     read_curve,
 )
+from timm_poolattn.utils import released
 
 from ..cli.test_cli import fails, run
 

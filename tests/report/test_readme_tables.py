@@ -5,7 +5,6 @@ import io
 
 import pytest
 
-from timm_poolattn.models import released
 from timm_poolattn.report.readme_tables import (
     READMES,
     RESULTS_CSV,
@@ -18,7 +17,7 @@ from timm_poolattn.report.readme_tables import (
     with_tables,
 )
 from timm_poolattn.report.results import load_results, read_results
-from timm_poolattn.utils import UserError
+from timm_poolattn.utils import UserError, released
 
 
 def test_models_are_those_of_the_results_files():

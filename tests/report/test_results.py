@@ -2,9 +2,8 @@ import json
 
 import pytest
 
-from timm_poolattn.models import released
 from timm_poolattn.report import results
-from timm_poolattn.utils import MissingFileError, UserError
+from timm_poolattn.utils import MissingFileError, UserError, released
 
 
 def test_results_are_those_of_the_releases_and_of_the_other_runs(tmp_path, monkeypatch):

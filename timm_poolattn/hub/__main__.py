@@ -2,7 +2,7 @@
 
 import json
 
-from ..models import released
+from ..utils import released
 from .releases import write_texts
 
 for folder in released().values():

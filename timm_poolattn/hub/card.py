@@ -8,8 +8,9 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 
-from ..models import HUB_ORG, hub_configs_dir, hub_org
+from ..models import hub_org
 from ..papers import DATASETS, paper_top1
+from ..utils import HUB_ORG, hub_configs_dir
 
 #: What a card says of a gate, in two sentences.
 GATE_NOTES = dict(

@@ -13,10 +13,10 @@ from huggingface_hub import eval_result_entries_to_yaml
 from timm.models import create_model
 
 from ..inference import evaluate
-from ..models import FAMILIES, data_sha256, hub_configs_dir, multiply_adds, save_model
+from ..models import FAMILIES, data_sha256, multiply_adds, save_model
 from ..papers import DATASETS
 from ..training.runs import CHECKPOINTS, read_run
-from ..utils import MissingFileError, UserError, look_up, replacing, write_text
+from ..utils import MissingFileError, UserError, hub_configs_dir, look_up, replacing, write_text
 from ..version import __version__
 from .card import eval_result, model_card
 from .onnx_files import require_onnx, write_onnx

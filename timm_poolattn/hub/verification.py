@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..inference import evaluate, load_data
-from ..models import FAMILIES, HubError, data_sha256, hub_errors, redact, released
+from ..models import FAMILIES, HubError, data_sha256, hub_errors, redact
 from ..papers import DATASETS
-from ..utils import UserError, look_up
+from ..utils import UserError, look_up, released
 from .card import eval_result, figures, metadata, model_card
 from .onnx_files import FLOAT, INT8, LARGEST_LOSS, OnnxModel, check_onnx
 

@@ -1,4 +1,3 @@
-from ..utils import HUB_ORG, hub_configs_dir, released
 from . import cifar_resnext  # noqa: F401  registers, and has no class of its own
 from ._pretrained import HubError, data_sha256, hub_errors, hub_org, redact
 from ._registry import FAMILIES, check_model_name, no_weights, release_args
@@ -8,12 +7,11 @@ from .cifar_resnet import CifarResNet
 from .cifar_vgg import CifarVgg
 from .counting import multiply_adds
 from .gated_resnet import FaResNet, GatedResNet
-from .hub_format import save_model, tidy_config
+from .hub_format import save_model
 from .insertion import insert, remove
 
 __all__ = [
     'FAMILIES',
-    'HUB_ORG',
     'CifarInceptionV4',
     'CifarResNet',
     'CifarVgg',
@@ -22,7 +20,6 @@ __all__ = [
     'HubError',
     'check_model_name',
     'data_sha256',
-    'hub_configs_dir',
     'hub_errors',
     'hub_org',
     'insert',
@@ -30,9 +27,7 @@ __all__ = [
     'no_weights',
     'redact',
     'release_args',
-    'released',
     'remove',
     'save_model',
     'set_skip_threshold',
-    'tidy_config',
 ]

@@ -30,10 +30,10 @@ def save_model(
         data_config=data_config,
         safe_serialization=True,
     )
-    tidy_config(Path(folder, 'config.json'))
+    _tidy(Path(folder, 'config.json'))
 
 
-def tidy_config(path: Path) -> None:
+def _tidy(path: Path) -> None:
     """Take from a config.json the second `num_classes` that timm writes: transformers stumbles over it."""
     config = json.loads(path.read_text())
     config.get('model_args', {}).pop('num_classes', None)

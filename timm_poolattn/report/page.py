@@ -14,8 +14,7 @@ import jinja2
 import timm
 import torch
 
-from ..models import released
-from ..utils import MissingFileError, UserError, write_text
+from ..utils import MissingFileError, UserError, released, write_text
 from ..version import __version__
 from .results import load_results
 from .rows import report_rows, training_rate
