@@ -52,7 +52,10 @@ def load_pretrained(name: str) -> nn.Module:
         _check_folder(Path(place))
     try:
         with hub_errors(place):
-            model = timm.create_model(name, pretrained=True).eval()
+            try:
+                model = timm.create_model(name, pretrained=True).eval()
+            except json.JSONDecodeError as e:  # of a repository's config.json; the Hub's own answers are checked before
+                raise UserError(f'{name}: its config.json is no JSON ({e}); have it published again') from None
     except (RuntimeError, KeyError, TypeError, AttributeError, AssertionError, OSError, SafetensorError) as e:
         if not source or isinstance(e, UserError):
             raise

@@ -85,19 +85,11 @@ def test_mistakes_end_in_one_line(train_script, tmp_path):
 
 def test_stock_timm_trains_our_models(train_script, image_folder, tmp_path):
     """python train.py --device-modules timm_poolattn: no wrapper of ours."""
-    command = [sys.executable, str(train_script), '--device-modules', 'timm_poolattn', '--model', 'resnet20_saam']
-    command += [
-        '--data-dir',
-        str(image_folder),
-        '--val-split',
-        'test',
-        '--device',
-        'cpu',
-        '--input-size',
-        '3',
-        '32',
-        '32',
-    ]
+    script = tmp_path / 'train.py'  # by itself: python would take a timm beside it for the installed one
+    script.write_bytes(train_script.read_bytes())
+    command = [sys.executable, str(script), '--device-modules', 'timm_poolattn', '--model', 'resnet20_saam']
+    command += ['--data-dir', str(image_folder), '--val-split', 'test', '--device', 'cpu']
+    command += ['--input-size', '3', '32', '32']
     command += ['--output', str(tmp_path), '--experiment', 'run', '--workers', '0', *map(str, COMMON), '--epochs', '1']
     env = {**os.environ, 'PYTHONPATH': str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
