@@ -148,7 +148,7 @@ class TestCommand:
         assert 'nearest: resnet20_saam' in self.run('resnet20_sam', *arguments, '--untrained', code=2)
         assert 'resnet326_srm has no weights yet' in self.run('resnet326_srm', *arguments, code=2)
         assert "'tflite' is not one of 'onnx'" in self.run('resnet20_saam', out, '--format', 'tflite', code=2)
-        monkeypatch.setattr('timm_poolattn.cli.options.find_spec', lambda name: None)
+        monkeypatch.setattr('timm_poolattn.utils.extras.find_spec', lambda name: None)
         assert "pip install 'timm_poolattn[onnx]'" in self.run('resnet20_saam', *arguments, code=2)
         with pytest.raises(UserError, match="unknown format 'tflite'; choose from onnx, torchscript, pt2"):
             export(timm.create_model('resnet20'), out, 'tflite')

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from ..utils import UserError
-from .options import data_dir_option, dataset_option, device_option, echo_json, json_option, require, split_option
+from ..utils import UserError, require
+from .options import data_dir_option, dataset_option, device_option, echo_json, json_option, split_option
 
 
 @click.command('list')

@@ -2,12 +2,11 @@
 
 import json
 import math
-from importlib.util import find_spec
 from typing import Any
 
 import click
 
-from ..utils import UserError, look_up_device
+from ..utils import look_up_device
 
 json_option = click.option('--json', 'as_json', is_flag=True, help='Print JSON.')
 #: Looked up before the command begins.
@@ -23,17 +22,6 @@ dataset_option = click.option(
     '--dataset', default='', help='torch/cifar10 or torch/cifar100. Default: a folder or a tar.'
 )
 split_option = click.option('--split', default='test', show_default=True)
-
-
-def require(extra: str, *modules: str) -> None:
-    """Refuse a command whose extra is not installed.
-
-    Raises:
-        UserError: one of `modules` is missing; the message says what to install.
-    """
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise UserError(f"this needs {', '.join(missing)}: pip install 'timm_poolattn[{extra}]'")
 
 
 def echo_json(value: Any) -> None:

@@ -2,7 +2,7 @@
 
 import click
 
-from .options import require
+from ..utils import require
 
 figure_option = click.option('-o', '--out', required=True, type=click.Path(dir_okay=False), help='PNG, SVG or PDF.')
 

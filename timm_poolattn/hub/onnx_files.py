@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,12 @@ from torch import nn
 from ..data import ImageData
 from ..export import TOLERANCE, export
 from ..inference import class_names, evaluate
-from ..utils import UserError
+from ..utils import UserError, require
 
 #: float32, and weights and activations in 8 bits.
 FLOAT, INT8 = 'onnx/model.onnx', 'onnx/model_quantized.onnx'
+#: What writes and runs them: the `onnx` extra.
+NEEDED = ('onnx', 'onnxscript', 'onnxruntime')
 #: How many points of top-1 the 8 bits may cost.
 LARGEST_LOSS = 0.5
 
@@ -33,12 +34,6 @@ class OnnxModel(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.session.run(['logits'], dict(images=x.numpy()))[0])
-
-
-def require_onnx() -> None:
-    """Raise a UserError where what writes and runs ONNX is not installed."""
-    if missing := [name for name in ('onnx', 'onnxscript', 'onnxruntime') if find_spec(name) is None]:
-        raise UserError(f"ONNX needs {', '.join(missing)}: pip install 'timm_poolattn[onnx]'")
 
 
 def description(model: nn.Module) -> dict[str, str]:
@@ -108,7 +103,7 @@ def check_onnx(folder: Path, model: nn.Module, claimed: dict[str, Any], top1: fl
     there = {path.relative_to(folder).as_posix() for path in folder.glob('onnx/*')}
     if there != set(claimed) or FLOAT not in claimed:
         raise UserError(f'results.json names {", ".join(claimed) or "no ONNX file"}, onnx/ holds {sorted(there)}')
-    require_onnx()
+    require('onnx', *NEEDED)
     import onnx
 
     size = model.pretrained_cfg['input_size']

@@ -16,10 +16,10 @@ from ..inference import evaluate
 from ..models import FAMILIES, data_sha256, multiply_adds, save_model
 from ..papers import DATASETS
 from ..training.runs import CHECKPOINTS, read_run
-from ..utils import MissingFileError, UserError, hub_configs_dir, look_up, replacing, write_text
+from ..utils import MissingFileError, UserError, hub_configs_dir, look_up, replacing, require, write_text
 from ..version import __version__
 from .card import eval_result, model_card
-from .onnx_files import require_onnx, write_onnx
+from .onnx_files import NEEDED, write_onnx
 from .verification import MODEL_ARGS
 
 
@@ -45,8 +45,8 @@ def release(
         run_dir: output folder of the run.
         tag: the training data: one of `DATASETS`, or a word of one's own, of small letters, digits, _ and -.
         name: the model. Default: the run's, and any other is refused.
-        checkpoint: 'last', or 'best' on the test set, which flatters its accuracy there. Default: 'last'. Of either,
-            the exponential moving average where the run kept one.
+        checkpoint: 'last', or 'best' on the test set, which flatters its accuracy there. Of either, the exponential
+            moving average where the run kept one.
         data_dir: the data to evaluate on. Default: the run's own.
         out: where the folder goes. Default: `hub_configs/`.
         onnx: add `onnx/model.onnx`, and `onnx/model_quantized.onnx` in 8 bits where that costs at most 0.5 points of
@@ -61,7 +61,7 @@ def release(
     if not re.fullmatch('[a-z0-9_-]+', tag):
         raise UserError(f'tag {tag!r}: small letters, digits, _ and - make one up; {", ".join(DATASETS)} are taken')
     if onnx:
-        require_onnx()
+        require('onnx', *NEEDED)
     run = read_run(run_dir)
     look_up('checkpoint', checkpoint, CHECKPOINTS)
     for file in ('run.json', 'summary.csv', CHECKPOINTS[checkpoint]):

@@ -1,6 +1,7 @@
 from .cache import cache_dir
 from .devices import look_up_device
 from .errors import MissingFileError, UserError
+from .extras import require
 from .files import remove_leftovers, replacing, write_text
 from .names import look_up
 from .progress import progress
@@ -18,5 +19,6 @@ __all__ = [
     'released',
     'remove_leftovers',
     'replacing',
+    'require',
     'write_text',
 ]
