@@ -15,24 +15,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from .data import ImageData, ResidentDataset, ResidentLoader, View, load_images, read_image
-from .models import FAMILIES, hub_errors, no_weights
-from .utils import MissingFileError, UserError, look_up, progress
-
-
-def _check_known(name: str) -> None:
-    tags = '.' in name
-    if name not in timm.list_models(include_tags=tags):
-        look_up('model', name, timm.list_models(module=FAMILIES, include_tags=tags), '`poolattn list` shows ours')
+from .models import check_model_name, hub_errors, no_weights
+from .utils import MissingFileError, UserError, progress
 
 
 def load_untrained(name: str) -> nn.Module:
     """timm.create_model(name) in evaluation mode.
 
     Raises:
-        UserError: no such model; the message names the nearest.
+        UserError: no such model (the message names the nearest), or a folder or repository.
     """
-    _check_known(name)
-    return timm.create_model(name).eval()
+    if ':' in name:
+        raise UserError(f'{name}: a folder or repository holds weights; without them, name its architecture')
+    return timm.create_model(check_model_name(name)).eval()
 
 
 def load_pretrained(name: str) -> nn.Module:
@@ -45,7 +40,7 @@ def load_pretrained(name: str) -> nn.Module:
     """
     source, _, place = name.rpartition(':')  # hf-hub:..., local-dir:... are timm's to resolve
     if not source:
-        _check_known(name)
+        check_model_name(name)
         if not timm.models.is_model_pretrained(name):
             raise no_weights(name)
     elif source == 'local-dir':
@@ -181,7 +176,7 @@ def evaluate(
     Images that `load_images` read as they are get the model's size here, so that there is one result for them.
 
     Args:
-        model: Put into evaluation mode and moved to `device`.
+        model: put into evaluation mode and moved to `device`.
         data: as `load_data` or `load_images` reads it.
         batch_size: images at a time.
         device: to compute on.
@@ -222,7 +217,7 @@ def calibration_error(confidence: torch.Tensor, hit: torch.Tensor, bins: int = 1
 
     Args:
         confidence: (N,) probability of the predicted class.
-        hit: (N,) whether it is the right one.
+        hit: (N,) True where it is the right one.
         bins: of equal width, ((m - 1) / bins, m / bins].
     """
     index = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
