@@ -9,7 +9,7 @@ import tempfile
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +105,7 @@ def verify(
         target: `<arch>.<tag>`, a folder, or `hf-hub:<repository>[@revision]`, which is downloaded afresh.
         data_dir: the images on which results.json claims its accuracy. Default: accuracy is not checked.
         dataset: as `load_images` takes it. Default: a folder or a tar.
-        split: of the data. Default: 'test'.
+        split: of the data.
         endpoint: of the Hub. Default: huggingface_hub's.
 
     Returns:
@@ -168,23 +168,16 @@ def verify_folder(
 ) -> list[Check]:
     """`verify` for a folder."""
     release = _Release(folder)
-    functions: list[Callable[[], str]] = [
-        release.files,
-        release.header,
-        release.config,
-        release.parameters,
-        release.values,
-        release.hashes,
-        release.card,
-        release.forward,
-    ]
+    functions: dict[str, Callable[[], str]] = {
+        name: getattr(release, name)
+        for name in ('files', 'header', 'config', 'parameters', 'values', 'hashes', 'card', 'forward')
+    }
     if (folder / 'onnx').exists():
-        functions.append(release.onnx)
+        functions['onnx'] = release.onnx
     if data_dir is not None:
-        functions.append(lambda: release.accuracy(data_dir, split, dataset))
+        functions['accuracy'] = partial(release.accuracy, data_dir, split, dataset)
     checks = []
-    for function in functions:
-        name = getattr(function, '__name__', '').replace('<lambda>', 'accuracy')
+    for name, function in functions.items():
         try:
             checks.append(Check(name, True, function()))
         except UserError as e:
