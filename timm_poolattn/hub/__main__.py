@@ -5,5 +5,7 @@ import json
 from ..utils import released
 from .releases import write_texts
 
-for folder in released().values():
-    write_texts(folder, json.loads((folder / 'results.json').read_text()))
+if __name__ == '__main__':
+    for folder in released().values():
+        write_texts(folder, json.loads((folder / 'results.json').read_text()))
+        print(f'wrote {folder / "README.md"}')
