@@ -26,7 +26,9 @@ __all__ = [
 ]
 
 
-# The command `poolattn` loads torch and timm, which take seconds, only where it needs them. Any other import has all.
+# Importing registers the models, which takes torch and timm and so seconds. `poolattn list` needs neither, but the
+# command's script imports this package before any line of its own: the script's name alone tells the two apart. Where
+# it is ours, a command that needs the models imports them, and `__getattr__` hands out the names all the same.
 if os.path.basename(''.join(sys.argv[:1])) not in ('poolattn', 'poolattn.exe'):
     from .layers import CBAM, SAAM, SGE, SPEM, SRM, Association, Focus, FocusAssociation, create_gate
     from .models import (

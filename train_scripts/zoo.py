@@ -73,7 +73,7 @@ class Run:
         return len(read_curve(self.folder)) if newest_checkpoint(self.folder) else 0
 
     def is_done(self) -> bool:
-        """Whether a results file, of a release or not, is this run's."""
+        """Return True if a results file, of a release or not, is this run's."""
         mine = (self.model, self.data, self.recipe, self.seed)
         return any((r['model'], r['tag'], r.get('recipe'), r['seed']) == mine for r in load_results())
 

@@ -338,7 +338,7 @@ class _Walk:
         return True
 
     def _may_lead_to(self, entry: _Entry, name: str) -> bool:
-        """Whether a link stays in the split, or leads to where no split is."""
+        """Return True if a link stays in the split, or leads to where no split is."""
         if _is_below(entry.place, self.base):
             return True
         root = self.source.root

@@ -17,7 +17,7 @@ class ResidentDataset:
 
     Args:
         data: the images and their classes.
-        seed: of order and augmentation. Default: 42, train.py's.
+        seed: of order and augmentation, as train.py's.
     """
 
     def __init__(self, data: ImageData, seed: int = 42) -> None:
@@ -37,10 +37,10 @@ class BatchErasing:
 
     Args:
         probability: of erasing in an image.
-        mode: 'const' (0, the mean), 'rand' (a normal colour for each box) or 'pixel' (normal noise). Default: 'const'.
-        max_count: boxes in an image, 1 to this many, which share the area. Default: 1.
-        area: least and largest share of the image. Default: timm's.
-        aspect: least aspect ratio; the largest is its inverse. Default: timm's.
+        mode: 'const' (0, the mean), 'rand' (a normal colour for each box) or 'pixel' (normal noise).
+        max_count: boxes in an image, 1 to this many, which share the area.
+        area: least and largest share of the image, as timm's.
+        aspect: least aspect ratio; the largest is its inverse, as timm's.
     """
 
     def __init__(
@@ -112,19 +112,19 @@ class ResidentLoader:
         is_training: shuffle.
         mean: per channel, of images in [0, 1].
         std: per channel, of images in [0, 1].
-        augment: crop at random, flip and erase, in training. Default: True.
-        img_dtype: dtype of the input. Default: float32.
-        device: where the images are held. Default: 'cpu'.
+        augment: crop at random, flip and erase, in training.
+        img_dtype: dtype of the input.
+        device: where the images are held.
         crop_padding: pixels on each side. Default: H // 8 (4 for 32x32, 8 for 64x64, as in the papers), or 0 where
             the images are larger than `input_size`.
-        hflip: probability of a horizontal flip. Default: 0.5.
+        hflip: probability of a horizontal flip.
         erasing: applied after normalisation.
         mixup: timm's, applied last.
-        rank: of this process. Default: 0.
-        world_size: processes that share the data. Default: 1.
+        rank: of this process.
+        world_size: processes that share the data.
 
     Raises:
-        ValueError: the images are smaller than `input_size`, have other channels, or are fewer than processes.
+        UserError: the images are smaller than `input_size`, have other channels, or are fewer than processes.
     """
 
     sampler = batch_sampler = None  # train.py looks for their set_epoch; the data set has it

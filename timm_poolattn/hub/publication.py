@@ -57,14 +57,14 @@ def publish(
     Args:
         targets: releases or folders of them, as `resolve` takes them.
         org: organisation or user.
-        private: create private repositories; one that is public already is refused. Default: False.
-        create_pr: propose the files in a pull request. Default: False.
-        dry_run: only say what would be done. Default: False.
+        private: create private repositories; one that is public already is refused.
+        create_pr: propose the files in a pull request.
+        dry_run: only say what would be done.
         replace: replace other weights, and delete files that are not the release's. The commit that has them is tagged
-            `replaced-<commit>` first. Default: False.
+            `replaced-<commit>` first.
         collection: slug of a collection to add the repositories to.
         endpoint: of the Hub. Default: huggingface_hub's, which HF_ENDPOINT sets.
-        workers: how many at once. Default: 4.
+        workers: how many at once.
 
     Returns:
         What became of each, in order of `targets`. A failure of one leaves the others be.

@@ -1,5 +1,5 @@
 import torch
-from timm.layers.trace_utils import _assert  # what timm's own layers assert by
+from timm.layers.trace_utils import _assert  # private: asserts under FX and TorchScript too, as in timm's layers
 
 from ..utils import UserError
 

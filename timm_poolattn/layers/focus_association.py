@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from timm.layers import make_divisible
-from timm.layers.trace_utils import _assert
+from timm.layers.trace_utils import _assert  # private: see arguments.py
 from torch import nn
 from torch.nn import functional as F
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from timm.layers import ClassifierHead, get_device_dtype
 from timm.models import checkpoint
-from timm.models._features import feature_take_indices
+from timm.models._features import feature_take_indices  # private: nothing public reads `indices`
 from torch import nn
 
 from ..layers import FocusAssociation, create_gate, fa_weight, fa_weight_unskipped

@@ -12,7 +12,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_device_dtype
 from timm.models import build_model_with_cfg, generate_default_cfgs
-from timm.models._features import feature_take_indices
+from timm.models._features import feature_take_indices  # private: nothing public reads `indices`
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 

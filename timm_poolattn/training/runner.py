@@ -54,13 +54,13 @@ def train(
 
     Args:
         argv: arguments of train.py.
-        recipe: one of `recipes()`, whose values `argv` overrides. Default: none.
+        recipe: one of `recipes()`, whose values `argv` overrides.
         timm_script: the train.py to run. Default: found by `find_train_script`.
-        allow_unpinned: see `find_train_script`. Default: False.
-        resident: hold the data on the training device and augment whole batches there. Default: True. Options of
-            train.py that need images one by one fall back to timm's loader, with one line that says so.
+        allow_unpinned: see `find_train_script`.
+        resident: hold the data on the training device and augment whole batches there. Options of train.py that
+            need images one by one fall back to timm's loader, with one line that says so.
         crop_padding: see `ResidentLoader`. Default: an eighth of the image's side.
-        penalty_weight: eta of `PenaltyMixin`. Default: 0.1.
+        penalty_weight: eta of `PenaltyMixin`.
 
     The output folder belongs to one run. It gets, beside what timm writes, `run.json`: the recipe (the name of
     --config's file), the source of a warm start, the arguments that are not train.py's defaults, the classes, seed,

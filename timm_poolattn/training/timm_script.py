@@ -38,7 +38,7 @@ def find_train_script(path: str | Path | None = None, *, allow_unpinned: bool = 
 
     Args:
         path: take this file. Default: look for one.
-        allow_unpinned: download also where this package knows no SHA-256 to check the file against. Default: False.
+        allow_unpinned: download also where this package knows no SHA-256 to check the file against.
 
     Raises:
         MissingFileError: a file that was named is missing, or none was found; the message says the three ways.
@@ -76,7 +76,7 @@ def _sha256(path: Path) -> str:
 
 
 def _check(script: Path, tag: str, allow_unpinned: bool) -> bool:
-    """Whether the file is the pinned one. Where none is pinned: allowed and logged, or refused."""
+    """Return True if the file is the pinned one. Where none is pinned, log it if that is allowed, else refuse it."""
     if tag in PINNED:
         return _sha256(script) == PINNED[tag]
     if not allow_unpinned:
