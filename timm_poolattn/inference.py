@@ -51,7 +51,16 @@ def load_pretrained(name: str) -> nn.Module:
                 model = timm.create_model(name, pretrained=True).eval()
             except json.JSONDecodeError as e:  # of a repository's config.json; the Hub's own answers are checked before
                 raise UserError(f'{name}: its config.json is no JSON ({e}); have it published again') from None
-    except (RuntimeError, KeyError, TypeError, AttributeError, AssertionError, OSError, SafetensorError) as e:
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        OSError,
+        SafetensorError,
+    ) as e:
         if not source or isinstance(e, UserError):
             raise
         # timm's, of a folder or repository that says what cannot be

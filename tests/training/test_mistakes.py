@@ -50,11 +50,36 @@ def refused(train_script, data, output, *options, match, kind=UserError, **kwarg
         (['--model-kwargs', 'drop_rate=0.1'], '--model-kwargs: .*: drop_rate is --drop'),
         (['--model', 'resnet20.cifar100'], r'10 classes, and the model has 100; give --num-classes 10'),
         (['--num-classes', 9], '10 classes, and the model has 9; give --num-classes 10'),
+        (['--epochs', 0], '--epochs is 0, and must be at least 1'),
+        (['-b', -4], '--batch-size is -4, and must be at least 1'),
+        (['--input-size', 3, 0, 0], '--input-size is 0, and must be at least 1'),
+        (['--in-chans', 1, '--input-size', 3, 32, 32], '--in-chans 1 and --input-size of 3 channels: give one'),
+        (['--in-chans', 4], 'images are read as 1 .grey. or 3'),
+        (['--mean', 0.5, 0.5], '--mean: 2 numbers for 3 channels'),
+        (['--std', 0, 0, 0], '--std is 0, and must be 0.001 to 1'),
+        (['--crop-pct', 0], '--crop-pct is 0, and must be 0.001 to 1'),
+        (['--smoothing', 5], '--smoothing is 5, and must be 0 to 1'),
+        (['--lr', 'nan'], '--lr is nan, and must be at least 0'),
+        (['--interpolation', 'evil'], "unknown interpolation 'evil'; choose from nearest, "),
+        (['--eval-metric', 'accuracy'], "unknown metric 'accuracy'; choose from top1, "),
+        (['--model-kwargs', 'red'], 'an argument cannot be read .*--model-kwargs and its like take name=value'),
+        (['--amp', '--amp-dtype', 'int4'], 'train.py takes no such arguments: .*AssertionError'),
+        (['--aa', 'evil'], 'train.py takes no such arguments: .*Unknown'),
+        (['--dataset', 'tfds/x'], 'train.py takes no such arguments: .*tensorflow'),
+        (['--experiment', 'x' * 300], 'x: cannot be made .File name too long'),
     ],
     ids=lambda value: ' '.join(map(str, value)) if isinstance(value, list) else '',
 )
 def test_names_and_classes(train_script, cifar10_few, tmp_path, options, match):
     refused(train_script, cifar10_few, tmp_path, *options, match=match)
+
+
+def test_options_of_ours(train_script, cifar10_few, tmp_path):
+    for weight in (-1, float('nan'), float('inf')):
+        refused(train_script, cifar10_few, tmp_path, match='--penalty-weight is .* at least 0', penalty_weight=weight)
+    argv = ['--model', 'resnet20.cifar10', '--data-dir', str(cifar10_few), '--output', str(tmp_path)]
+    with pytest.raises(UserError, match='--resume auto: give --experiment too'):
+        train([*argv, '--resume', 'auto'], timm_script=train_script)
 
 
 def test_no_model(train_script, cifar10_few, tmp_path):

@@ -76,6 +76,13 @@ def test_places_that_cannot_be_written_to(tmp_path, place):
     assert os.listdir(tmp_path) == ['file']
 
 
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='no file system that takes no files')
+@pytest.mark.parametrize('place', ['/proc/a', '/proc/b/a'])
+def test_a_file_system_that_takes_no_files(place):
+    with pytest.raises(UserError, match='a: cannot be written: No such file'):
+        write_text(place, 'new')
+
+
 def _write(path, how):
     import torch
     from safetensors.torch import save_file

@@ -17,6 +17,8 @@ from timm.data import create_transform
 
 from ..utils import MissingFileError, UserError
 
+#: timm's names of ways to resize.
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 #: The largest image that is decoded or resized to, in pixels, and the largest file. They bound the decoder's memory.
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**28

@@ -22,6 +22,7 @@ from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from ..data.view import INTERPOLATIONS
 from ..inference import evaluate, load_data
 from ..models import FAMILIES, HubError, data_sha256, hub_errors, redact
 from ..papers import DATASETS
@@ -39,15 +40,13 @@ _OTHER_WEIGHTS = re.compile(r'.*\.(bin|pt|pth|pth\.tar|tar|pkl|pickle|ckpt|npz|h
 MODEL_ARGS = {'in_chans', 'num_classes', 'global_pool', 'stem_stride'}
 #: Keys of config.json, and of its pretrained_cfg: nothing that names a file, an address or code.
 _CONFIG_KEYS = {
-    *('architecture', 'num_classes', 'num_features', 'global_pool', 'label_names', 'label_descriptions'),
-    *('model_args', 'pretrained_cfg'),
+    *('architecture', 'num_classes', 'num_features', 'global_pool', 'label_names', 'model_args', 'pretrained_cfg'),
 }
 _PRETRAINED_CFG = {
     *('tag', 'custom_load', 'input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std'),
     *('num_classes', 'label_names', 'pool_size', 'first_conv', 'classifier'),
 }
 _POOLS = ('avg', 'max', 'avgmax', 'catavgmax')
-_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 #: What a card, a table and the checks read of results.json.
 _RESULTS = dict(
     model=str, tag=str, parameters=int, multiply_adds=int, weights=dict, checkpoint=dict, test=dict, epochs=int,
@@ -354,7 +353,7 @@ class _Release:
             for value in values:
                 _in_range(f'config.json: {key}', value, low, 1)
         _in_range('config.json: crop_pct', cfg.get('crop_pct'), 0.1, 1)
-        for key, known in (('interpolation', _INTERPOLATIONS), ('crop_mode', ('center', 'squash', 'border'))):
+        for key, known in (('interpolation', INTERPOLATIONS), ('crop_mode', ('center', 'squash', 'border'))):
             if cfg.get(key) not in known:
                 raise UserError(f'config.json: {key} is {cfg.get(key)!r}, not one of {", ".join(known)}')
         pool = cfg.get('pool_size')

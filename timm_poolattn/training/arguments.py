@@ -1,6 +1,7 @@
 """train.py's arguments: read by its own parser, and refused before any long work if they cannot be right."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +11,28 @@ from typing import Any
 
 import torch
 import yaml
+from timm.models import get_pretrained_cfg
 from timm.optim import list_optimizers
 
+from ..data.view import INTERPOLATIONS
 from ..models import check_model_name
 from ..utils import MissingFileError, UserError, look_up, look_up_device
 
 #: Those of timm's create_scheduler_v2; of any other name it makes a constant rate without a word.
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'constant', 'none')
+#: Of timm's saver.
+_METRICS = ('top1', 'top5', 'loss')
+_COUNTS = ('epochs', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'log_interval', 'val_interval')
+_COUNTS += ('checkpoint_hist', 'input_size', 'img_size')
+#: The least and the most that train.py's numbers can be; of some it takes others, and fails after a while.
+_RANGES = {
+    **dict.fromkeys(_COUNTS, (1, math.inf)),
+    **dict.fromkeys(('aug_repeats', 'epoch_repeats', 'workers', 'lr', 'lr_base', 'warmup_epochs'), (0, math.inf)),
+    **dict.fromkeys(('cooldown_epochs', 'clip_grad', 'mixup', 'cutmix'), (0, math.inf)),
+    **dict.fromkeys(('drop', 'drop_path', 'smoothing', 'reprob', 'hflip', 'vflip', 'mean'), (0, 1)),
+    **dict.fromkeys(('mixup_prob', 'mixup_switch_prob'), (0, 1)),
+    **dict.fromkeys(('std', 'crop_pct'), (1e-3, 1)),
+}
 #: What train.py gives to create_model, and the option for it.
 _OPTIONS = dict(
     pretrained='pretrained',
@@ -86,12 +102,31 @@ def parse_arguments(module: ModuleType, argv: Sequence[str], recipe: str | None 
     argv_before, sys.argv = sys.argv, ['train.py', *argv]
     try:
         args, text = module._parse_args()
+        if more := _channel_options(args):
+            sys.argv += more
+            args, text = module._parse_args()
+    except ValueError as e:  # argparse has its own kind, but not for these
+        raise UserError(f'an argument cannot be read ({e}); --model-kwargs and its like take name=value') from e
     finally:
         sys.argv = argv_before
     if not args.model:
         raise UserError('no model: give --model, as in --model resnet20_saam.cifar10, or a --recipe that names one')
     given = {k: v for k, v in vars(args).items() if v != defaults.get(k)}
     return Arguments(args, text, given, Path(config).stem if config else None)
+
+
+def _channel_options(args: argparse.Namespace) -> list[str]:
+    """What --in-chans means for the images, which train.py reads of --input-size, --mean and --std alone."""
+    if not args.in_chans or args.input_size or not args.model:
+        return []
+    cfg = get_pretrained_cfg(args.model)
+    size = [args.img_size] * 2 if args.img_size else (cfg.input_size if cfg else (3, 224, 224))[1:]
+    options = ['--input-size', *map(str, (args.in_chans, *size))]
+    for key in ('mean', 'std'):
+        values = getattr(cfg, key, None) or (0.5,)
+        if getattr(args, key) is None and len(values) != args.in_chans:
+            options += [f'--{key}', f'{sum(values) / len(values):.4g}']  # one number is each channel's
+    return options
 
 
 def _check_config(path: Path, known: set[str]) -> None:
@@ -109,7 +144,7 @@ def _check_config(path: Path, known: set[str]) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse names that are misspelt, files that are missing and devices that this machine does not have.
+    """Refuse misspelt names, numbers out of range, missing files and devices that this machine does not have.
 
     Raises:
         UserError: one of them.
@@ -124,6 +159,20 @@ def check_arguments(args: argparse.Namespace) -> None:
     look_up('optimizer', args.opt.lower().removeprefix('lookahead_'), list_optimizers(), 'for --opt')
     if args.sched:
         look_up('schedule', args.sched, _SCHEDULES, 'for --sched')
+    look_up('metric', args.eval_metric, _METRICS, 'for --eval-metric')
+    look_up('interpolation', args.interpolation or 'bicubic', INTERPOLATIONS, 'for --interpolation')
+    for name, (low, high) in _RANGES.items():
+        value = getattr(args, name, None)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if number is not None and not low <= number <= high:
+                bound = f'{low:g} to {high:g}' if high < math.inf else f'at least {low:g}'
+                raise UserError(f'--{name.replace("_", "-")} is {number:g}, and must be {bound}')
+    channels = args.input_size[0] if args.input_size else 3
+    if (args.in_chans or channels) != channels:
+        raise UserError(f'--in-chans {args.in_chans} and --input-size of {channels} channels: give one of them')
+    for name in ('mean', 'std'):
+        if len(getattr(args, name) or [0]) not in (1, channels):
+            raise UserError(f'--{name}: {len(getattr(args, name))} numbers for {channels} channels; give one for each')
     for option in ('initial_checkpoint', 'pretrained_path'):
         path = getattr(args, option)
         if path and not Path(path).is_file():

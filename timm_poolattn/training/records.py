@@ -52,7 +52,7 @@ def own_folder(folder: Path, resume: str) -> Iterator[None]:
     Raises:
         UserError: the folder holds another run, or another process trains into it.
     """
-    is_new = not folder.is_dir()
+    is_new = not os.path.isdir(folder)  # also of a name that is too long
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY) if fcntl else None

@@ -92,14 +92,14 @@ class Guard:
         self.on_save = on_save
         self.epoch = self.update = 0
         self.saver = None  # train.py's, which the primary process alone has
-        self.training = False
+        self.started = self.training = False
         self.interrupts = 0
 
     def around(self, train_one_epoch: Callable) -> Callable:
         """train.py's train_one_epoch, guarded."""
 
         def guarded(epoch: int, model, loader, optimizer, *args, task: TrainingTask, saver=None, **kwargs):
-            self.epoch, self.update, self.training = epoch, 0, True
+            self.epoch, self.update, self.started, self.training = epoch, 0, True, True
             if saver and not self.saver:
                 self.saver = saver
                 saver.save_checkpoint = self._named(saver.save_checkpoint)

@@ -24,7 +24,7 @@ from ..utils import UserError
 from .arguments import check_arguments, parse_arguments
 from .penalty import PenaltyMixin, with_penalty
 from .records import Record, new_folder, own_folder
-from .recovery import Guard, check_checkpoint, newest_checkpoint
+from .recovery import Guard, RunStopped, check_checkpoint, newest_checkpoint
 from .runs import read_curve
 from .timm_script import find_train_script, load_train_script
 
@@ -78,12 +78,16 @@ def train(
     parsed = parse_arguments(module, argv, recipe)
     args = parsed.args
     check_arguments(args)
+    if not 0 <= penalty_weight < math.inf:
+        raise UserError(f'--penalty-weight is {penalty_weight}, and must be at least 0')
     rank = int(os.environ.get('RANK', 0))
     output, folder = Path(args.output or './output/train'), None
     if args.experiment:
         folder = output / args.experiment
         if args.resume == 'auto':
             args.resume = str(newest_checkpoint(folder) or '')
+    elif args.resume == 'auto':
+        raise UserError('--resume auto: give --experiment too, the name of the folder to go on in')
     if args.resume:
         check_checkpoint(args.resume)
     resident = resident and _can_be_resident(args)
@@ -121,6 +125,13 @@ def train(
                 module.main()
             if guard.interrupts:  # train.py catches it, and ends as if it were done
                 raise KeyboardInterrupt(guard.save_interrupted())
+        except (UserError, RunStopped):
+            raise
+        except Exception as e:  # of timm's and torch's own kinds
+            if guard.started:
+                raise
+            said = f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'.removesuffix(': ')
+            raise UserError(f'train.py takes no such arguments: before the first epoch it ended with {said}') from e
         finally:
             logging.root.handlers = handlers_before
         if record:

@@ -40,7 +40,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         UserError: the disk is full, the place cannot be written to, or a file would replace a folder.
     """
     path = Path(os.path.realpath(path))
-    with _refusals(path):
+    with _refusals(path, errno.ENOENT):  # as /proc says that it takes no files
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         folder = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent))
@@ -110,8 +110,8 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _refusals(path: Path) -> Iterator[None]:
-    """Turn what means that `path` cannot be written into a `UserError`."""
+def _refusals(path: Path, *more: int) -> Iterator[None]:
+    """Turn what means that `path` cannot be written, by errno also one of `more`, into a `UserError`."""
     try:
         yield
     except UserError:
@@ -120,7 +120,7 @@ def _refusals(path: Path) -> Iterator[None]:
         # safetensors' and torch's writers keep the error number, or its words, in the message alone
         code = re.search(r'os error (\d+)', str(e))
         number = int(code[1]) if code else getattr(e, 'errno', None)
-        known = number in _REFUSED or 'No space left' in str(e)
+        known = number in (*_REFUSED, *more) or 'No space left' in str(e)
         full = isinstance(e, RuntimeError) and _free(path) < 2**20
         if not known and not full:
             raise
