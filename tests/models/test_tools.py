@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.ao import quantization
 from torch.ao.quantization import quantize_fx
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from timm_poolattn.data import load_images
@@ -160,6 +161,17 @@ def test_checkpointing_frozen_parts_and_a_second_backward(name):
         stage.requires_grad_(False)
     kept = step(model, x)
     torch.testing.assert_close(kept, {n: expected[n] for n in kept})
+
+
+@pytest.mark.parametrize('name', [*GATED, 'vgg19_fa', 'resnet50_fa'])
+def test_checkpointed_gates(name):
+    """A gate that is called again in the backward pass sees what it saw in the forward pass."""
+    model = timm.create_model(name).eval().double()
+    x = X[:2].double()
+    expected = step(model, x)
+    apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, OURS))
+    got = {name.replace('._checkpoint_wrapped_module', ''): grad for name, grad in step(model, x).items()}
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize('name', NAMES)

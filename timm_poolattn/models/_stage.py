@@ -84,7 +84,7 @@ class Stage(nn.Module):
         matched = self.shortcut(x)  # X of the stage
         if self.fa is None:
             return self.run_blocks(x, matched)
-        k = self.fa(matched, stage_ks)
+        k = self.fa(matched, list(stage_ks))  # a copy: what checkpoints the gate calls it again, later
         stage_ks.append(k)
         if self.skip_threshold > 0 and not self.training:
             return self._run_unskipped(x, matched, k)
@@ -95,7 +95,7 @@ class Stage(nn.Module):
         ks: list[torch.Tensor] = []
         for i, block in enumerate(self.blocks):
             if block.fa is not None:
-                ks.append(block.fa(x, ks))
+                ks = ks + [block.fa(x, ks)]  # a new list: what checkpoints the gate calls it again, later
             if block.fa is not None and self.skip_threshold > 0 and not self.training:
                 x = self._run_block_unskipped(i, x, ks[-1])
             else:

@@ -59,7 +59,7 @@ class VggBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, stage_ks: list[torch.Tensor]) -> torch.Tensor:
         if self.fa is not None:
-            stage_ks.append(self.fa(x, stage_ks))
+            stage_ks.append(self.fa(x, list(stage_ks)))  # a copy, as in `Stage`
             if self.skip_threshold > 0 and not self.training:
                 return self._run_unskipped(x, stage_ks[-1])
         if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108  TorchScript takes no such ternary
