@@ -126,20 +126,26 @@ def test_odd_class_names(train_script, photos, tmp_path):
     assert config['label_names'] == list_classes(photos) and 'US$1_$5' in config['label_names']
 
 
-def test_the_saved_model_is_the_runs(train_script, photos, tmp_path):
-    """--gp max and grey images: the accuracy of the best epoch, of the saved model and of the table are one number."""
-    options = ['--gp', 'max', '--in-chans', '1', '--input-size', '1', '32', '32', '--mean', '0.48', '--std', '0.25']
-    result = finetune(
-        photos,
-        [*options, '--epochs', '3', '--output', str(tmp_path), '--experiment', 'run', '--workers', '0'],
-        timm_script=train_script,
-    )
-    best = max(row['eval_top1'] for row in read_run(tmp_path / 'run').curve)
-    model = load_pretrained(f'local-dir:{result.model_dir}')
-    assert result.top1 == pytest.approx(best)
-    assert evaluate(model, load_images(photos, 'test', view=View((1, 32, 32))))['top1'] == pytest.approx(best)
-    config = json.loads((result.model_dir / 'config.json').read_text())
-    assert config['global_pool'] == 'max' and config['pretrained_cfg']['input_size'] == [1, 32, 32]
+GREY = ['--in-chans', '1', '--input-size', '1', '32', '32', '--mean', '0.48', '--std', '0.25']
+
+
+@pytest.mark.parametrize('options', [GREY, GREY[:2]], ids=['sized', 'in-chans alone'])
+def test_the_saved_model_is_the_runs(train_script, photos, tmp_path, options):
+    """--gp max and grey images: the accuracy of the best epoch, of the saved model and of the table are one number.
+
+    So it is where the saved model is trained on, as any that is a folder or a repository.
+    """
+    model = 'resnet20_saam.cifar10'
+    for name, epochs in (('first', 3), ('second', 1)):
+        argv = ['--model', model, *options, '--gp', 'max', '--epochs', str(epochs), '--workers', '0']
+        result = finetune(photos, [*argv, '--output', str(tmp_path), '--experiment', name], timm_script=train_script)
+        best = max(row['eval_top1'] for row in read_run(tmp_path / name).curve)
+        model = load_pretrained(f'local-dir:{result.model_dir}')
+        assert result.top1 == pytest.approx(best)
+        assert evaluate(model, load_images(photos, 'test', view=View((1, 32, 32))))['top1'] == pytest.approx(best)
+        config = json.loads((result.model_dir / 'config.json').read_text())
+        assert config['global_pool'] == 'max' and config['pretrained_cfg']['input_size'] == [1, 32, 32]
+        model, options = f'local-dir:{result.model_dir}', []
 
 
 def test_a_model_without_weights(train_script, photos, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import yaml
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, resolve_model_input_args
 from timm.optim import list_optimizers
 
 from ..data.view import INTERPOLATIONS
@@ -115,16 +115,34 @@ def parse_arguments(module: ModuleType, argv: Sequence[str], recipe: str | None 
     return Arguments(args, text, given, Path(config).stem if config else None)
 
 
+def read_pretrained_cfg(name: str) -> dict[str, Any]:
+    """What timm knows of a model's weights, which for hf-hub:... and local-dir:... their config.json says.
+
+    Raises:
+        UserError: such a one cannot be read.
+    """
+    if ':' not in name:
+        cfg = get_pretrained_cfg(name)
+        return cfg.to_dict() if cfg else {}
+    try:
+        return resolve_model_input_args(name)['pretrained_cfg']
+    except Exception as e:  # of timm's and of the Hub's own kinds
+        raise UserError(f'--model {name} cannot be: {type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
+
+
 def _channel_options(args: argparse.Namespace) -> list[str]:
-    """What --in-chans means for the images, which train.py reads of --input-size, --mean and --std alone."""
-    if not args.in_chans or args.input_size or not args.model:
+    """What other channels than RGB mean for the images: train.py reads it of --input-size, --mean and --std alone."""
+    if args.input_size or not args.model:
         return []
-    cfg = get_pretrained_cfg(args.model)
-    size = [args.img_size] * 2 if args.img_size else (cfg.input_size if cfg else (3, 224, 224))[1:]
-    options = ['--input-size', *map(str, (args.in_chans, *size))]
+    cfg = read_pretrained_cfg(args.model)
+    channels = args.in_chans or cfg.get('input_size', (3,))[0]
+    if channels == 3:
+        return []
+    size = [args.img_size] * 2 if args.img_size else cfg.get('input_size', (3, 224, 224))[1:]
+    options = ['--input-size', *map(str, (channels, *size))]
     for key in ('mean', 'std'):
-        values = getattr(cfg, key, None) or (0.5,)
-        if getattr(args, key) is None and len(values) != args.in_chans:
+        values = cfg.get(key) or (0.5,)
+        if getattr(args, key) is None and len(values) != channels:
             options += [f'--{key}', f'{sum(values) / len(values):.4g}']  # one number is each channel's
     return options
 

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.data import resolve_data_config
-from timm.models import get_pretrained_cfg, load_checkpoint, safe_model_name
+from timm.models import load_checkpoint, safe_model_name
 from timm.task import TrainingTask
 from torch import nn
 from torch.optim import Optimizer
 
 from ..data import BatchErasing, ResidentDataset, ResidentLoader, View, list_classes, load_images
 from ..utils import UserError
-from .arguments import check_arguments, parse_arguments
+from .arguments import check_arguments, parse_arguments, read_pretrained_cfg
 from .penalty import PenaltyMixin, with_penalty
 from .records import Record, new_folder, own_folder
-from .recovery import Guard, RunStopped, check_checkpoint, newest_checkpoint
+from .recovery import Guard, check_checkpoint, newest_checkpoint
 from .runs import read_curve
 from .timm_script import find_train_script, load_train_script
 
@@ -125,7 +125,7 @@ def train(
                 module.main()
             if guard.interrupts:  # train.py catches it, and ends as if it were done
                 raise KeyboardInterrupt(guard.save_interrupted())
-        except (UserError, RunStopped):
+        except UserError:
             raise
         except Exception as e:  # of timm's and torch's own kinds
             if guard.started:
@@ -272,8 +272,7 @@ def _can_be_resident(args: argparse.Namespace) -> bool:
 
 def _view(args: argparse.Namespace, training: bool) -> View:
     """How images are brought to the model's size. In training --crop-pct leaves a margin for random crops."""
-    cfg = get_pretrained_cfg(args.model)
-    config = resolve_data_config(vars(args), pretrained_cfg=cfg.to_dict() if cfg else {})
+    config = resolve_data_config(vars(args), pretrained_cfg=read_pretrained_cfg(args.model))
     view = View.of({**config, 'crop_pct': args.crop_pct or 1.0})
     if not training or view.crop_pct == 1:
         return view
