@@ -1,6 +1,6 @@
 from . import cifar_resnext  # noqa: F401  registers, and has no class of its own
 from ._pretrained import HubError, data_sha256, hub_errors, hub_org, redact
-from ._registry import FAMILIES, check_model_name, model_hint, no_weights, release_args
+from ._registry import FAMILIES, check_model_name, no_weights, release_args
 from ._stage import set_skip_threshold
 from .cifar_inception_v4 import CifarInceptionV4
 from .cifar_resnet import CifarResNet
@@ -23,7 +23,6 @@ __all__ = [
     'hub_errors',
     'hub_org',
     'insert',
-    'model_hint',
     'multiply_adds',
     'no_weights',
     'redact',

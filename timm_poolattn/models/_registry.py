@@ -96,12 +96,8 @@ def check_model_name(name: str) -> str:
         return name
     ours = timm.list_models(module=FAMILIES, include_tags='.' in name)
     near = bool(difflib.get_close_matches(name, ours))
-    return look_up('model', name, ours if near else known, model_hint(name))
-
-
-def model_hint(name: str) -> str:
-    """What to do with a name that is none of a model's."""
-    return f'local-dir:{name} is the model in that folder' if os.path.isdir(name) else '`poolattn list` shows ours'
+    hint = f'local-dir:{name} is the model in that folder' if os.path.isdir(name) else '`poolattn list` shows ours'
+    return look_up('model', name, ours if near else known, hint)
 
 
 def register_models(module: str, create: Callable[..., nn.Module], model_args: dict[str, dict[str, Any]]) -> None:

@@ -134,7 +134,7 @@ def _channel_options(args: argparse.Namespace) -> list[str]:
     """What other channels than RGB mean for the images: train.py reads it of --input-size, --mean and --std alone."""
     if args.input_size or not args.model:
         return []
-    cfg = read_pretrained_cfg(args.model)
+    cfg = read_pretrained_cfg(check_model_name(args.model))
     channels = args.in_chans or cfg.get('input_size', (3,))[0]
     if channels == 3:
         return []
