@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 from timm_poolattn.data import View, load_images
 from timm_poolattn.data import images as source
@@ -73,8 +74,9 @@ def test_torchvision_cifar(tmp_path, monkeypatch):
     (base / 'batches.meta').write_bytes(pickle.dumps({'label_names': names}))
     with pytest.raises(FileNotFoundError, match=r'torch/cifar10 is not there or damaged.*--dataset-download'):
         load_images(tmp_path, 'train', name='torch/cifar10')
-    monkeypatch.setattr('torchvision.datasets.CIFAR10._check_integrity', lambda self: True)
-    monkeypatch.setattr('torchvision.datasets.cifar.check_integrity', lambda *_: True)
+    for files in ('train_list', 'test_list'):
+        monkeypatch.setattr(CIFAR10, files, [[name, None] for name, _ in getattr(CIFAR10, files)])
+    monkeypatch.setattr(CIFAR10, 'meta', dict(CIFAR10.meta, md5=None))
     data = load_images(tmp_path, 'train', name='torch/cifar10')
     assert data.images.shape == (20, 32, 32, 3) and data.classes == names
     assert np.array_equal(data.images[0].numpy(), pixels[0].reshape(3, 32, 32).transpose(1, 2, 0))
@@ -181,10 +183,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 class TestCache:
     def load_counting(self, root, monkeypatch):
         decoded = []
-        decode = source._decode
-        monkeypatch.setattr(source, '_decode', lambda *args: decoded.append(1) or decode(*args))
+        open_image = source.open_image
+        monkeypatch.setattr(source, 'open_image', lambda *args: decoded.append(1) or open_image(*args))
         data = load_images(root, 'train')
-        monkeypatch.setattr(source, '_decode', decode)
+        monkeypatch.setattr(source, 'open_image', open_image)
         return data, bool(decoded)
 
     def test_decodes_once(self, image_folder, monkeypatch):

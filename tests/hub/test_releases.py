@@ -13,8 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from huggingface_hub import ModelCard
-from huggingface_hub._eval_results import parse_eval_result_entries
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.utils import CheckpointSaver

@@ -57,8 +57,9 @@ def test_constructor_errors(kwargs, message):
 
 
 def test_any_other_depth():
-    assert len(CifarResNet(26, gate='saam')._blocks()) == 12
-    assert len(CifarResNet(29, block='bottleneck', gate='spem')._blocks()) == 9
+    basic, bottleneck = CifarResNet(26, gate='saam'), CifarResNet(29, block='bottleneck', gate='spem')
+    assert [len(stage.blocks) for stage in basic.stages] == [4, 4, 4]
+    assert [len(stage.blocks) for stage in bottleneck.stages] == [3, 3, 3]
 
 
 def test_no_weight_decay_is_the_saam_papers():
