@@ -1,7 +1,29 @@
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 
-from timm_poolattn.inference import calibration_error
+from timm_poolattn.inference import calibration_error, model_input
+from timm_poolattn.utils import UserError
+
+
+@pytest.mark.parametrize('in_chans', [1, 3])
+def test_model_input_is_timms(in_chans):
+    """For `predict` and `explain` alike; a grey model takes a colour image, and the other way round."""
+    cfg = dict(input_size=(in_chans, 32, 32), mean=(0.4,) * in_chans, std=(0.2,) * in_chans, crop_pct=0.9)
+    model = timm.create_model('resnet20', in_chans=in_chans, pretrained_cfg_overlay=cfg)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8))
+    wanted = create_transform(**resolve_data_config(model=model))(image.convert('L' if in_chans == 1 else 'RGB'))
+    torch.testing.assert_close(model_input(model, image), wanted[None], rtol=0, atol=1e-6)
+    grey = image.convert('L')
+    assert model_input(model, grey).shape == (1, in_chans, 32, 32)
+
+
+def test_model_input_names_what_it_refuses():
+    with pytest.raises(UserError, match=r'wall\.png: 100000x1 pixels are too elongated'):
+        model_input(timm.create_model('resnet20'), Image.new('RGB', (100_000, 1)), 'wall.png')
 
 
 def test_calibration_error_is_the_papers_equation():

@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.utils import AverageMeter, accuracy
@@ -91,6 +92,18 @@ def view_of(model: nn.Module) -> View:
     return View.of(resolve_data_config(model=model))
 
 
+def model_input(model: nn.Module, image: Image.Image, name: str = 'image') -> torch.Tensor:
+    """Bring `image`, of any size and mode, to what goes into `model`: (1, C, H, W), normalised.
+
+    Raises:
+        UserError: as `View`; the message has `name`.
+    """
+    config = resolve_data_config(model=model)
+    pixels = torch.from_numpy(View.of(config)(image, name)).permute(2, 0, 1)
+    mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ('mean', 'std'))
+    return pixels.float().div(255).sub(mean).div(std).unsqueeze(0)
+
+
 def load_data(
     model: nn.Module, root: str | Path, split: str, *, name: str = '', hold_out: bool = False, **options
 ) -> ImageData:
@@ -134,20 +147,17 @@ def predict(
     Raises:
         UserError: a file that cannot be read, unless `skip_broken`; or outputs that are not finite.
     """
-    view, config = view_of(model), resolve_data_config(model=model)
-    mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ('mean', 'std'))
-    labels = class_names(model)
+    channels, labels = view_of(model).input_size[0], class_names(model)
     results = []
     for path in paths:
         try:
-            pixels = view(read_image(path, config['input_size'][0]), str(path))
+            input = model_input(model, read_image(path, channels), str(path))
         except UserError as e:
             if not skip_broken:
                 raise
             results.append(dict(image=str(path), error=str(e)))
             continue
-        input = torch.from_numpy(pixels).permute(2, 0, 1).float().div(255).sub(mean).div(std)
-        probabilities = _finite(model(input.unsqueeze(0))).softmax(1)[0]
+        probabilities = _finite(model(input)).softmax(1)[0]
         top = probabilities.topk(min(topk, len(probabilities)))
         predictions = [
             dict(label=labels[i], probability=p) for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)

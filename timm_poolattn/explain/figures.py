@@ -13,10 +13,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform, resolve_data_config
 from torch import nn
 
-from ..inference import class_names, load_pretrained, read_image
+from ..data import read_image
+from ..inference import class_names, load_pretrained, model_input, view_of
 from ..utils import MissingFileError, UserError, progress, replacing
 from .attention import attention_trace, block_label, evaluating, find_gates
 
@@ -76,7 +76,7 @@ def explain(paths: Iterable[str | Path], name: str, out: str | Path, compare: Se
     Raises:
         MissingFileError: a missing image, before anything is drawn.
         UserError: as `load_pretrained`; a model without gates; a figure would replace an image, or a file that
-            `explain` did not write. After the others are drawn: an image that cannot be read.
+            `explain` did not write. After the others are drawn: an image that cannot be read or drawn.
     """
     paths = list(dict.fromkeys(Path(path) for path in paths))
     for path in paths:
@@ -88,16 +88,17 @@ def explain(paths: Iterable[str | Path], name: str, out: str | Path, compare: Se
         raise UserError(f'{name} has no gates to explain; --compare takes it beside a model that has')
     written, unread = [], []
     for path, target in progress(targets.items(), desc='explaining', unit='image'):
+        title = path.name if sum(p.name == path.name for p in paths) == 1 else f'{path.parent.name}/{path.name}'
         try:
-            image = read_image(path)
-        except ValueError as e:
+            figure = explain_figure(models, read_image(path), title)
+        except UserError as e:
             unread.append(str(e))
             continue
-        title = path.name if sum(p.name == path.name for p in paths) == 1 else f'{path.parent.name}/{path.name}'
-        figure = explain_figure(models, image, title)
         written.append(save(figure, target, metadata=dict(Software=_SOFTWARE)))
     if unread:
-        raise UserError('; '.join([*unread, f'{len(written)} of {len(paths)} images are drawn in {out}']))
+        raise UserError(
+            '; '.join([*dict.fromkeys(unread), f'{len(written)} of {len(paths)} images are drawn in {out}'])
+        )
     return written
 
 
@@ -191,11 +192,12 @@ class _Account:
         return {n: t for n, t in self.trace.items() if key in t}
 
 
-def _accounts(models: dict[str, nn.Module], image: Image.Image) -> list[_Account]:
+def _accounts(models: dict[str, nn.Module], image: Image.Image, title: str) -> list[_Account]:
     accounts = []
     first, shared = next(iter(models.items())), None
     for name, model in models.items():
-        x, pixels = _input(model, image)
+        x = model_input(model, image, title)
+        pixels = view_of(model)(image).astype(np.float32) / 255
         with torch.no_grad(), evaluating(model):
             probabilities = model(x).float().softmax(1)[0]
         if not probabilities.isfinite().all():
@@ -208,7 +210,7 @@ def _accounts(models: dict[str, nn.Module], image: Image.Image) -> list[_Account
         accounts.append(
             _Account(
                 name=name,
-                pixels=pixels,
+                pixels=np.broadcast_to(pixels, (*pixels.shape[:2], 3)),
                 predictions=[(names[i], p) for i, p in zip(own, top.values.tolist(), strict=True)],
                 labels=[names[i] for i in classes],
                 whose=first[0] if same else name,
@@ -228,9 +230,10 @@ def explain_figure(models: dict[str, nn.Module], image: Image.Image, title: str 
         title: none by default.
 
     Raises:
-        UserError: a model without a map for Grad-CAM, of other than 1 or 3 channels, or with outputs not finite.
+        UserError: a model without a map for Grad-CAM, of other than 1 or 3 channels, or with outputs not finite; or an
+            image that `View` refuses.
     """
-    accounts = _accounts(models, image)
+    accounts = _accounts(models, image, title or 'image')
     return _single(accounts[0], image, title) if len(accounts) == 1 else _comparison(accounts, image, title)
 
 
@@ -318,17 +321,6 @@ def _axes(
     margins = dict(left=left / width, right=1 - 0.15 / width, top=1 - top / height, bottom=bottom / height)
     grid = dict(margins, wspace=wspace, hspace=hspace)
     return row.subplots(rows, columns, squeeze=False, gridspec_kw=grid, **kwargs)
-
-
-def _input(model: nn.Module, image: Image.Image) -> tuple[torch.Tensor, np.ndarray]:
-    """What goes into the model, (1, C, H, W), and its pixels in [0, 1], (H, W, 3)."""
-    config = resolve_data_config(model=model)
-    channels = config['input_size'][0]
-    if channels not in (1, 3):
-        raise UserError(f'{type(model).__name__} takes {channels} channels; explain draws models of 1 or 3')
-    x = create_transform(**config)(image.convert('L' if channels == 1 else 'RGB'))
-    std, mean = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('std', 'mean'))
-    return x.unsqueeze(0), (x * std + mean).clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3).numpy()
 
 
 def _thumbnail(image: Image.Image) -> np.ndarray:
