@@ -351,7 +351,7 @@ def test_what_a_kill_left_is_ignored(tmp_path):
     env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
     done = subprocess.run([sys.executable, '-c', code], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    names, rows, page = json.loads(done.stdout)
+    names, rows, page = json.loads(done.stdout.splitlines()[-1])  # after the cards that were written
     assert names == [*released()] and 'photos' not in page and 'resnet20_saam' in page
     assert rows == [[row['model'], row['top1']] for row in list_models(trained=True)]
 
