@@ -125,9 +125,9 @@ class FocusAssociation(nn.Module):
 def fa_weight(x: torch.Tensor, u: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """X_{i+1} = X_i + (U_i - X_i) k_i, Eq. 9. Shapes: x and u (B, C, H, W), k (B, 1) -> (B, C, H, W).
 
-    Written as (1 - k) X + k U, whose gradients need X and U alone. A compiled step keeps both anyway; U - X would be one
-    map more, and a mask of U's ReLU: a step of resnet20_fa over plain resnet20's takes 1.05 in float32 and 1.08 in
-    bfloat16 so, and 1.31 and 1.44 with `torch.lerp` (one thread, channels last).
+    Written as (1 - k) X + k U, whose gradients need X and U alone. A compiled step keeps both anyway; U - X would be
+    one map more, and the mask of U's ReLU another. A step of resnet20_fa over plain resnet20's takes 1.05 in float32
+    and 1.08 in bfloat16 so, and 1.31 and 1.44 with `torch.lerp` (one thread, channels last).
     """
     k = k.to(x.dtype)[:, :, None, None]
     return torch.addcmul(x * (1 - k), u, k)
