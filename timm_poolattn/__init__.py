@@ -26,10 +26,11 @@ __all__ = [
 ]
 
 
-# Importing registers the models, which takes torch and timm and so seconds. `poolattn list` needs neither, but the
-# command's script imports this package before any line of its own: the script's name alone tells the two apart. Where
-# it is ours, a command that needs the models imports them, and `__getattr__` hands out the names all the same.
-if os.path.basename(''.join(sys.argv[:1])) not in ('poolattn', 'poolattn.exe'):
+# Importing registers the models, which takes torch and timm and so seconds. `poolattn list` and `poolattn --help` need
+# neither, but the command's script imports this package before any line of its own: its arguments alone tell.
+# `__getattr__` hands out the names all the same.
+_script, _command = (*sys.argv, '', '')[:2]
+if os.path.basename(_script) not in ('poolattn', 'poolattn.exe') or _command not in ('list', '-h', '--help', ''):
     from .layers import CBAM, SAAM, SGE, SPEM, SRM, Association, Focus, FocusAssociation, create_gate
     from .models import (
         CifarInceptionV4,
