@@ -161,6 +161,10 @@ def test_the_command_loads_what_it_needs(tmp_path):
 
     for args in (['list'], ['list', '--json', '--trained'], ['-h'], ['hub', 'publish', '-h'], ['train', '-h']):
         assert run(*args).stderr.strip().splitlines()[-1] == '[]', args
+    assert (
+        "unknown model 'resnet20_spam'; nearest: resnet20_spem"
+        in run('bench', 'models', '--model', 'resnet20_spam').stderr
+    )
     done = run('run', tmp_path / 'script.py')
     assert 'SPEM' in done.stdout and done.stderr.strip().splitlines()[-1] == "['timm', 'torch']", done.stderr
 

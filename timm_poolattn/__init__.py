@@ -26,11 +26,13 @@ __all__ = [
 ]
 
 
-# Importing registers the models, which takes torch and timm and so seconds. `poolattn list` and `poolattn --help` need
+# Importing registers the models, which takes torch and timm and so seconds. `poolattn list` and every `--help` need
 # neither, but the command's script imports this package before any line of its own: its arguments alone tell.
 # `__getattr__` hands out the names all the same.
-_script, _command = (*sys.argv, '', '')[:2]
-if os.path.basename(_script) not in ('poolattn', 'poolattn.exe') or _command not in ('list', '-h', '--help', ''):
+_script, *_arguments = sys.argv or ['']
+if os.path.basename(_script) not in ('poolattn', 'poolattn.exe') or (
+    _arguments and _arguments[0] != 'list' and not {'-h', '--help'} & {*_arguments}
+):
     from .layers import CBAM, SAAM, SGE, SPEM, SRM, Association, Focus, FocusAssociation, create_gate
     from .models import (
         CifarInceptionV4,

@@ -131,26 +131,6 @@ class TestPredict:
         assert 'no image given' in fails('predict')
         assert 'no-such-folder' in fails('predict', 'a.png', '--model', 'local-dir:no-such-folder')
 
-    @pytest.mark.parametrize(
-        ('command', 'registered'),
-        [
-            ([], False),
-            (['--help'], False),
-            (['list', '--json'], False),
-            (['bench', 'models'], True),
-            (['run', 'a.py'], True),
-        ],
-    )
-    def test_what_the_script_registers(self, command, registered):
-        """The script's own process: every command sees the models, and those that need no torch do not wait for it."""
-        code = (
-            f"import sys; sys.argv = ['bin/poolattn', *{command!r}]\n"
-            'import timm_poolattn\n'
-            "print('torch' in sys.modules and __import__('timm').is_model('resnet20_spem'))"
-        )
-        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-        assert done.stdout.split() == [str(registered)]
-
     def test_no_traceback_in_a_real_process(self):
         command = [sys.executable, '-m', 'timm_poolattn', 'predict', 'nowhere.png', '--model', 'resnet20_sam']
         done = subprocess.run(command, capture_output=True, text=True)
