@@ -55,7 +55,13 @@ def test_wheel_carries_what_pretrained_needs(wheel):
     assert 'timm_poolattn/CITATION.cff' in names  # the model card quotes it
     for path in recipes().values():
         assert f'timm_poolattn/recipes/{path.name}' in names
-    for file in ('py.typed', 'papers/tables.yaml', 'report/page.html.jinja', 'hub/card.md.jinja'):
+    for file in (
+        'py.typed',
+        'papers/tables.yaml',
+        'report/page.html.jinja',
+        'report/demo.html.jinja',
+        'hub/card.md.jinja',
+    ):
         assert f'timm_poolattn/{file}' in names
     assert {n.split('/')[0] for n in names} == {'timm_poolattn', wheel.name.rsplit('-', 3)[0] + '.dist-info'}
     assert wheel.stat().st_size < 25e6
@@ -193,7 +199,7 @@ def test_imports_are_declared():
     needed = set(map(normal, project['dependencies']))
     extras = {name: set(map(normal, of_extra)) for name, of_extra in project['optional-dependencies'].items()}
     used = imported('timm_poolattn', 'train_scripts')
-    assert used <= needed | extras['explain'] | extras['onnx'], 'a library that is imported is declared'
+    assert used <= needed | extras['explain'] | extras['onnx'] | extras['app'], 'a library that is imported is declared'
     assert needed <= used, 'a library that is declared is imported'
     everywhere = imported('tests') - {'tests', 'ours', 'pytest-timeout'}
     assert everywhere <= needed.union(*extras.values())

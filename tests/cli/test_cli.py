@@ -218,7 +218,7 @@ def commands(group=main, path=()):
 def test_commands():
     top = {path[0] for path, _ in commands()}
     users = {'list', 'predict', 'validate', 'export', 'train', 'finetune', 'warm-start', 'explain', 'run', 'report'}
-    assert top == users | {'hub', 'plot', 'bench'}
+    assert top == users | {'demo', 'hub', 'plot', 'bench'}
 
 
 @pytest.mark.parametrize('path, command', [pytest.param(*c, id=' '.join(c[0])) for c in commands()])

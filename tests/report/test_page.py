@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -41,20 +40,6 @@ def page(tmp_path_factory, some_runs):
         benchmark.write_text(json.dumps(dict(rows=rows)))
         path = write_report(folder / 'report.html', benchmark)
     return path
-
-
-@pytest.fixture(scope='module')
-def browser():
-    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if chromium is None:
-        pytest.skip('no chromium to open the page in: apt-get install chromium')
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        args = ['--no-sandbox', '--disable-gpu', '--disable-background-networking']
-        browser = playwright.chromium.launch(executable_path=chromium, args=args)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

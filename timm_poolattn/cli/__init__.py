@@ -56,5 +56,5 @@ def main() -> None:
     """Pooling-based attention for timm."""
 
 
-for command in (*models.COMMANDS, *training.COMMANDS, hub.hub, plot.plot, bench.bench, report.report):
+for command in (*models.COMMANDS, *training.COMMANDS, hub.hub, plot.plot, bench.bench, report.report, report.demo):
     main.add_command(command)

@@ -1,6 +1,8 @@
-"""The report."""
+"""The report, and the page to try models."""
 
 import click
+
+from ..utils import require
 
 
 @click.command()
@@ -14,3 +16,16 @@ def report(out, benchmark) -> None:
     from ..report.page import write_report
 
     click.echo(f'wrote {write_report(out, benchmark)}')
+
+
+@click.command()
+@click.option('--model', 'names', multiple=True, help='A model with weights; may be given again. Default: those here.')
+def demo(names) -> None:
+    """Serve a page to try models on a photo.
+
+    It is for this machine alone; GRADIO_SERVER_NAME and GRADIO_SERVER_PORT name another address.
+    """
+    require('app', 'gradio', 'matplotlib', 'captum')
+    from ..report.demo import serve
+
+    serve(names)

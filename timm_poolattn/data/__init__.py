@@ -1,6 +1,6 @@
 from .images import ImageData, list_classes, load_images
 from .loader import BatchErasing, ResidentDataset, ResidentLoader
-from .view import View, read_image
+from .view import View, open_image, read_image, to_channels
 
 __all__ = [
     'BatchErasing',
@@ -10,5 +10,7 @@ __all__ = [
     'View',
     'list_classes',
     'load_images',
+    'open_image',
     'read_image',
+    'to_channels',
 ]

@@ -1,6 +1,6 @@
 """Figures of what a network looked at. matplotlib and captum come with the `explain` extra."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def plain_text(text: str, length: int = 60) -> str:
 
 
 @dataclass
-class _Account:
+class Account:
     """What a model makes of an image.
 
     Attributes:
@@ -192,8 +192,17 @@ class _Account:
         return {n: t for n, t in self.trace.items() if key in t}
 
 
-def _accounts(models: dict[str, nn.Module], image: Image.Image, title: str) -> list[_Account]:
-    accounts = []
+def accounts(models: dict[str, nn.Module], image: Image.Image, title: str) -> Iterator[Account]:
+    """What each model makes of `image`, one after the other.
+
+    Args:
+        models: by the name to print.
+        image: of any size.
+        title: of the image, for messages.
+
+    Raises:
+        UserError: as `explain_figure`.
+    """
     first, shared = next(iter(models.items())), None
     for name, model in models.items():
         x = model_input(model, image, title)
@@ -207,18 +216,15 @@ def _accounts(models: dict[str, nn.Module], image: Image.Image, title: str) -> l
         shared = own if shared is None else shared
         same = names == class_names(first[1])  # Grad-CAMs to compare are of the same classes
         classes = shared if same else own
-        accounts.append(
-            _Account(
-                name=name,
-                pixels=np.broadcast_to(pixels, (*pixels.shape[:2], 3)),
-                predictions=[(names[i], p) for i, p in zip(own, top.values.tolist(), strict=True)],
-                labels=[names[i] for i in classes],
-                whose=first[0] if same else name,
-                cams=grad_cam(model, x, classes),
-                trace=attention_trace(model, x) if find_gates(model) else {},
-            )
+        yield Account(
+            name=name,
+            pixels=np.broadcast_to(pixels, (*pixels.shape[:2], 3)),
+            predictions=[(names[i], p) for i, p in zip(own, top.values.tolist(), strict=True)],
+            labels=[names[i] for i in classes],
+            whose=first[0] if same else name,
+            cams=grad_cam(model, x, classes),
+            trace=attention_trace(model, x) if find_gates(model) else {},
         )
-    return accounts
 
 
 def explain_figure(models: dict[str, nn.Module], image: Image.Image, title: str = '') -> Figure:
@@ -233,11 +239,11 @@ def explain_figure(models: dict[str, nn.Module], image: Image.Image, title: str 
         UserError: a model without a map for Grad-CAM, of other than 1 or 3 channels, or with outputs not finite; or an
             image that `View` refuses.
     """
-    accounts = _accounts(models, image, title or 'image')
-    return _single(accounts[0], image, title) if len(accounts) == 1 else _comparison(accounts, image, title)
+    made = list(accounts(models, image, title or 'image'))
+    return _single(made[0], image, title) if len(made) == 1 else _comparison(made, image, title)
 
 
-def _single(account: _Account, image: Image.Image, title: str) -> Figure:
+def _single(account: Account, image: Image.Image, title: str) -> Figure:
     rows = _rows(account, image)
     height = sum(h for h, _ in rows)
     # rows have heights in inches and margins of their own: matplotlib's layout engines take seconds for so many axes
@@ -249,7 +255,7 @@ def _single(account: _Account, image: Image.Image, title: str) -> Figure:
     return figure
 
 
-def _comparison(accounts: list[_Account], image: Image.Image, title: str) -> Figure:
+def _comparison(accounts: list[Account], image: Image.Image, title: str) -> Figure:
     figure = Figure(figsize=(_WIDE, _HEAD + _ROW * len(accounts)))
     head, *rows = figure.subfigures(1 + len(accounts), 1, height_ratios=(_HEAD, *[_ROW] * len(accounts)))
     left, right = head.subfigures(1, 2, width_ratios=(1, 4))
@@ -268,7 +274,7 @@ def _comparison(accounts: list[_Account], image: Image.Image, title: str) -> Fig
     return figure
 
 
-def _comparison_row(row: SubFigure, account: _Account) -> None:
+def _comparison_row(row: SubFigure, account: Account) -> None:
     row.text(0.014, 0.94, plain_text(account.name), fontsize=12, fontweight='bold', va='top')
     seen, bars, cams, gates = row.subfigures(1, 4, width_ratios=(1.55, 1.85, 4.6, 6))
     margins = dict(top=0.6, bottom=0.3)
@@ -280,18 +286,18 @@ def _comparison_row(row: SubFigure, account: _Account) -> None:
     _main_gate(gates, account)
 
 
-def _main_gate(figure: SubFigure, account: _Account) -> None:
+def _main_gate(figure: SubFigure, account: Account) -> None:
     """What tells most of a model's gates, in one row."""
-    maps = next(filter(None, ((key, account.with_key(key)) for key in _MAPS if account.with_key(key))), None)
+    maps = next(filter(None, ((key, account.with_key(key)) for key in MAPS if account.with_key(key))), None)
     if fa := account.with_key('k'):
         _fa_bars(figure, fa)
     elif spem := account.with_key('pool_lambda'):
-        lambda_axes(_axes(figure, left=1.05)[0, 0], *_lambdas(spem))
+        lambda_axes(_axes(figure, left=1.05)[0, 0], *lambdas(spem))
     elif maps:
         key, trace = maps
         chosen = np.unique(np.linspace(0, len(trace) - 1, _MAPS_IN_ROW - 1).round().astype(int))
         items = [list(trace.items())[i] for i in chosen]
-        caption, row_name = _MAPS[key]
+        caption, row_name = MAPS[key]
         parts = max(t[key].shape[1] for _, t in items)
         mean = f', mean of {parts} {row_name}s' if parts > 1 else ''
         some = f', {len(items)} of {len(trace)}' if len(items) < len(trace) else ''
@@ -330,12 +336,12 @@ def _thumbnail(image: Image.Image) -> np.ndarray:
 
 
 #: Of the maps that a gate makes: what a row of them says, and the name of its parts.
-_MAPS = dict(
+MAPS = dict(
     score_map=('SAAM: score map V of each block', 'path'), spatial=('Weight of each position, by block', 'group')
 )
 
 
-def _rows(account: _Account, image: Image.Image) -> list[tuple[float, Callable[[SubFigure], None]]]:
+def _rows(account: Account, image: Image.Image) -> list[tuple[float, Callable[[SubFigure], None]]]:
     """The rows of a single model's figure: height in inches and what draws them."""
     whose = 'Grad-CAM: where the last feature map speaks for its most probable classes (bright: most)'
     rows: list[tuple[float, Callable[[SubFigure], None]]] = [
@@ -345,8 +351,8 @@ def _rows(account: _Account, image: Image.Image) -> list[tuple[float, Callable[[
     if fa := account.with_key('k'):
         rows.append((2.2, lambda f: _fa_bars(f, fa)))
     if spem := account.with_key('pool_lambda'):
-        rows.append((1.9, lambda f: lambda_axes(_axes(f, left=1.05)[0, 0], *_lambdas(spem))))
-    for key, (caption, row_name) in _MAPS.items():
+        rows.append((1.9, lambda f: lambda_axes(_axes(f, left=1.05)[0, 0], *lambdas(spem))))
+    for key, (caption, row_name) in MAPS.items():
         maps = [(n, t[key][0]) for n, t in account.with_key(key).items()]
         if maps:
             rows.append(_map_rows(maps, account.grey, caption, row_name))
@@ -369,14 +375,14 @@ def _show(ax: Axes, pixels: np.ndarray, **kwargs) -> None:
     ax.set_yticks([])
 
 
-def _overlay(ax: Axes, grey: np.ndarray, heat: np.ndarray, **kwargs) -> None:
+def overlay(ax: Axes, grey: np.ndarray, heat: np.ndarray, **kwargs) -> None:
     """A heat map over the grey image; it may have fewer pixels."""
     h, w = grey.shape
     _show(ax, grey, cmap='gray', extent=(0, w, h, 0))
     ax.imshow(heat, cmap='inferno', alpha=0.65, extent=(0, w, h, 0), **kwargs)
 
 
-def _predictions(figure: SubFigure, account: _Account, image: Image.Image) -> None:
+def _predictions(figure: SubFigure, account: Account, image: Image.Image) -> None:
     figure.text(0.5, 0.99, plain_text(account.name), fontsize=13, fontweight='bold', ha='center', va='top')
     ratios = dict(width_ratios=(1, 1, 1.3))
     (original, seen, bars) = _axes(figure, 1, 3, left=0.15, top=0.55, bottom=0.05, wspace=0.1, **ratios)[0]
@@ -401,15 +407,16 @@ def _bars(ax: Axes, predictions: Sequence[tuple[str, float]], length: int) -> No
     ax.spines[:].set_visible(False)
 
 
-def _cams(figure: SubFigure, account: _Account, caption: str, length: int, y: float = 0.98) -> None:
+def _cams(figure: SubFigure, account: Account, caption: str, length: int, y: float = 0.98) -> None:
     _caption(figure, caption, y)
     axes = _axes(figure, 1, len(account.cams), left=0.15, bottom=0.42)[0]
     for ax, cam, label in zip(axes, account.cams, account.labels, strict=True):
-        _overlay(ax, account.grey, cam, vmin=0, vmax=1, interpolation='bilinear')
+        overlay(ax, account.grey, cam, vmin=0, vmax=1, interpolation='bilinear')
         ax.set_xlabel(plain_text(label, length) + ('' if cam.any() else '\nnothing speaks for it'), fontsize=9)
 
 
-def _lambdas(trace: Trace) -> tuple[list[str], list[float]]:
+def lambdas(trace: Trace) -> tuple[list[str], list[float]]:
+    """The labels of SPEM's blocks, and lambda of each."""
     return [block_label(n) for n in trace], [float(t['pool_lambda'][0]) for t in trace.values()]
 
 
@@ -440,29 +447,40 @@ def _block_axis(ax: Axes, labels: Sequence[str]) -> None:
     ax.spines[['top', 'right']].set_visible(False)
 
 
-def _fa_bars(figure: SubFigure, trace: Trace) -> None:
-    ax = _axes(figure)[0, 0]
+def fa_blocks(trace: Trace) -> list[tuple[str, float, bool, bool]]:
+    """Of each FA gate: its label, k, True if it was skipped, True if it is of a whole stage, which comes behind it."""
     labels = [block_label(n) for n in trace]
     of_stages = {label for label in labels if any(other.startswith(f'{label}.') for other in labels)}
-    # a stage's own gate comes behind its blocks
     order = sorted(range(len(labels)), key=lambda i: (labels[i].split('.')[0], labels[i] in of_stages, i))
-    records = [list(trace.values())[i] for i in order]
-    labels = [labels[i] for i in order]
-    for at, (label, t) in enumerate(zip(labels, records, strict=True)):
-        k, skipped = float(t['k'][0]), bool(t['skipped'][0])
-        colour = _LOWERED if label in of_stages else _RAISED
+    records = list(trace.values())
+    return [
+        (
+            f'stage {labels[i]}' if labels[i] in of_stages else labels[i],
+            float(records[i]['k'][0]),
+            bool(records[i]['skipped'][0]),
+            labels[i] in of_stages,
+        )
+        for i in order
+    ]
+
+
+def _fa_bars(figure: SubFigure, trace: Trace) -> None:
+    ax = _axes(figure)[0, 0]
+    blocks = fa_blocks(trace)
+    for at, (_, k, skipped, of_stage) in enumerate(blocks):
+        colour = _LOWERED if of_stage else _RAISED
         ax.bar(at, 0 if np.isnan(k) else k, color='none' if skipped else colour, edgecolor=colour, width=0.7)
         if skipped:
             ax.text(at, (0 if np.isnan(k) else k) + 0.02, 'skipped', rotation=90, ha='center', fontsize=7, color=_INK)
-        elif len(labels) <= 20:
+        elif len(blocks) <= 20:
             ax.text(at, k + 0.02, f'{k:.2f}', ha='center', fontsize=7, color=_INK)
     ax.set_ylim(0, 1.18)
     ax.set_yticks([0, 0.5, 1])
-    _block_axis(ax, [f'stage {label}' if label in of_stages else label for label in labels])
+    _block_axis(ax, [label for label, *_ in blocks])
     handles = [Patch(color=_RAISED, label='block')]
-    if of_stages:
+    if any(of_stage for *_, of_stage in blocks):
         handles.append(Patch(color=_LOWERED, label='whole stage'))
-    if any(t['skipped'][0] for t in records):
+    if any(skipped for _, _, skipped, _ in blocks):
         handles.append(Patch(facecolor='none', edgecolor=_INK, label='skipped'))
     ax.legend(handles=handles, fontsize=8, ncols=3, loc='lower right', bbox_to_anchor=(1, 1), frameon=False)
     _caption(ax, 'FA: k, how much of each block is used')
@@ -492,9 +510,14 @@ def _map_rows(
 
 
 def _map(ax: Axes, grey: np.ndarray, value: np.ndarray, title: str) -> None:
-    _overlay(ax, grey, value, interpolation='nearest')
+    overlay(ax, grey, value, interpolation='nearest')
     ax.set_title(title, fontsize=8, pad=2)
-    ax.set_xlabel(f'{np.nanmax(value) / np.nanmean(value):.1f}', fontsize=7, labelpad=1)
+    ax.set_xlabel(f'{peak_over_mean(value):.1f}', fontsize=7, labelpad=1)
+
+
+def peak_over_mean(value: np.ndarray) -> float:
+    """1 for a map that is the same everywhere."""
+    return float(np.nanmax(value) / np.nanmean(value))
 
 
 def _weights(figure: SubFigure, trace: Trace) -> None:
