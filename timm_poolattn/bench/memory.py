@@ -20,7 +20,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device | str = 'cpu') -> in
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault('KINETO_LOG_LEVEL', '5')  # else the profiler writes lines of its own
+    os.environ.setdefault('KINETO_LOG_LEVEL', '6')  # else the profiler writes lines of its own
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     with tempfile.TemporaryDirectory() as folder:
