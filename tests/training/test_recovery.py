@@ -138,6 +138,15 @@ def test_full_disk(train_script, cifar10_few, small_disk):
     assert checkpoint(small_disk / 'run')['epoch'] == 0 and not list((small_disk / 'run').glob('*tmp*'))
 
 
+def test_a_checkpoint_is_on_the_disk(train_script, cifar10_few, tmp_path, monkeypatch):
+    """What a power cut after an epoch leaves: the checkpoint itself, not only its name."""
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, 'fsync', lambda handle: synced.append(os.fstat(handle).st_ino) or fsync(handle))
+    run = run_train(train_script, cifar10_few, tmp_path, '-b', 40, '--warmup-epochs', 0)
+    assert {run.stat().st_ino, (run / 'last.pth.tar').stat().st_ino} <= {*synced}
+
+
 def test_a_checkpoint_that_cannot_be_written(train_script, cifar10_few, tmp_path):
     """A limit on the size of files, in a process of its own: one line, the checkpoint before it is kept."""
     options = ['-b', 16, '--warmup-epochs', 0]

@@ -18,7 +18,7 @@ from timm.task import TrainingTask
 from timm.utils import random_seed
 from torch import nn
 
-from ..utils import MissingFileError, UserError
+from ..utils import MissingFileError, UserError, sync
 from .runs import read_checkpoint
 
 _logger = logging.getLogger(__name__)
@@ -160,11 +160,16 @@ class Guard:
                 signal.signal(signal.SIGINT, before)
 
     def _named(self, save: Callable) -> Callable:
-        """A method of the saver, whose failure says what is lost: torch's writer has no errno of a full disk."""
+        """A method of the saver that ends with its files on the disk, and whose failure says what is lost.
+
+        torch's writer has no errno of a full disk.
+        """
 
         def saving(*args, **kwargs):
             try:
                 result = save(*args, **kwargs)
+                for path in (*self._folder().glob('*.pth.tar'), self._folder()):
+                    sync(path)
                 self.on_save()
                 return result
             except (OSError, RuntimeError, UserError) as e:

@@ -2,7 +2,7 @@ from .cache import cache_dir
 from .devices import look_up_device
 from .errors import MissingFileError, UserError
 from .extras import require
-from .files import remove_leftovers, replacing, write_text
+from .files import remove_leftovers, replacing, sync, write_text
 from .names import look_up
 from .progress import progress
 from .releases import HUB_ORG, hub_configs_dir, released
@@ -20,5 +20,6 @@ __all__ = [
     'remove_leftovers',
     'replacing',
     'require',
+    'sync',
     'write_text',
 ]

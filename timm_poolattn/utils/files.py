@@ -50,13 +50,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temp = folder / path.name
             yield temp
             for file in [temp] if temp.is_file() else temp.rglob('*'):
-                _sync(file)
+                sync(file)
             if path.is_dir() and temp.is_file():
                 raise UserError(f'{path}: is a folder; name a file')
             if path.is_dir() and not path.is_symlink():
                 path.rename(folder / 'old')  # a kill right here: `remove_leftovers` moves it back
             os.replace(temp, path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         if not path.exists() and (folder / 'old').exists():
             (folder / 'old').rename(path)
@@ -100,7 +100,8 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file or a folder onto the disk, so that a power cut leaves it whole, where the file system can."""
     with suppress(OSError):  # not every file system can
         handle = os.open(path, os.O_RDONLY)
         try:
