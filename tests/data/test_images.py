@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from timm_poolattn.data import View, load_images
+from timm_poolattn.data import ImageFiles, View, load_images
 from timm_poolattn.data import images as source
 from timm_poolattn.utils import UserError, cache_dir
 
@@ -48,6 +48,17 @@ def test_tar_is_the_same_as_its_folder(image_folder, tmp_path, mode, prefix):
     folder = load_images(image_folder, 'train')
     tar = load_images(tar_of(image_folder, tmp_path / 'pets.tar', mode, prefix), 'train')
     assert tar.images.equal(folder.images) and tar.targets.equal(folder.targets) and tar.classes == folder.classes
+
+
+def test_one_by_one_for_timms_loader(image_folder, tmp_path):
+    """The same images and targets as all at once: of a folder, of a tar, and of one that is held out from."""
+    for root in (image_folder, tar_of(image_folder, tmp_path / 'pets.tar'), image_folder / 'train'):
+        for split in ('train', 'validation'):
+            files, data = ImageFiles(root, split), load_images(root, split)
+            assert len(files) == len(data) and [target for _, target in files] == data.targets.tolist()
+            assert np.array_equal([np.asarray(pixels) for pixels, _ in files], data.images)
+    dogs = ImageFiles(image_folder, 'test', channels=1, class_to_idx={'dog': 7})
+    assert len(dogs) == 4 and dogs[0][0].mode == 'L' and dogs[0][1] == 7
 
 
 def test_real_images(cifar10_mini):

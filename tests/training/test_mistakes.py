@@ -55,6 +55,8 @@ def refused(train_script, data, output, *options, match, kind=UserError, **kwarg
         (['--input-size', 3, 0, 0], '--input-size is 0, and must be at least 1'),
         (['--in-chans', 1, '--input-size', 3, 32, 32], '--in-chans 1 and --input-size of 3 channels: give one'),
         (['--in-chans', 4], 'images are read as 1 .grey. or 3'),
+        (['--gp', ''], '--model resnet20_spem.cifar10 with these arguments cannot be: RuntimeError: mat1 and mat2'),
+        (['--input-img-mode', 'L'], '--input-img-mode L: images of 3 channels are RGB'),
         (['--mean', 0.5, 0.5], '--mean: 2 numbers for 3 channels'),
         (['--std', 0, 0, 0], '--std is 0, and must be 0.001 to 1'),
         (['--crop-pct', 0], '--crop-pct is 0, and must be 0.001 to 1'),
@@ -128,6 +130,21 @@ def test_foreign_checkpoints(train_script, cifar10_few, tmp_path, option, kind):
         torch.save(dict(epoch=1, state_dict=timm.create_model('resnet20_saam').state_dict()), path)
     expected = MissingFileError if kind == 'missing' else UserError
     refused(train_script, cifar10_few, tmp_path, option, path, match=f'{option}.*{path}|{path}', kind=expected)
+
+
+def test_a_broken_image_in_timms_loader(train_script, image_folder, tmp_path):
+    path = image_folder / 'train' / 'dog' / '3.png'
+    path.write_bytes(path.read_bytes()[:200])
+    options = ['--num-classes', 2, '--workers', 1]
+    match = 'dog/3.png cannot be decoded as an image .*; repair or remove it$'
+    refused(train_script, image_folder, tmp_path, *options, match=f'^{image_folder}: {match}', resident=False)
+
+
+def test_less_than_a_batch_in_timms_loader(train_script, image_folder, tmp_path):
+    """It would train on nothing, without a word."""
+    options = ['--num-classes', 2, '--workers', 0, '-b', 17]
+    match = '--batch-size 17: 16 images to train on are not one batch; give at most 16'
+    refused(train_script, image_folder, tmp_path, *options, match=match, resident=False)
 
 
 def test_fewer_classes_than_the_model_if_the_user_says_so(train_script, cifar10_few, tmp_path):

@@ -9,7 +9,8 @@ import torch
 import yaml
 from timm.utils import NativeScaler
 
-from timm_poolattn.training import PenaltyTask, read_curve, recipes, train
+from timm_poolattn.inference import evaluate
+from timm_poolattn.training import PenaltyTask, read_curve, read_run, recipes, train
 from timm_poolattn.utils import UserError
 
 HELD = '40 images of 32x32 held on cpu'
@@ -135,17 +136,20 @@ def test_no_validation(run):
     [
         (['--aug-splits', 3, '--jsd-loss'], '--aug-splits'),
         (['--aa', 'rand-m9-mstd0.5'], '--aa'),
+        (['--aug-splits', 2, '--aa', 'rand-m9', '--split-bn'], '--aa, --aug-splits'),
         (['--train-crop-mode', 'rkrc', '--vflip', 0.5], '--train-crop-mode, --vflip'),
         (['--train-img-sizes', 24, 32], '--train-img-sizes'),
     ],
-    ids=['augmix', 'randaugment', 'crops', 'scheduled resolutions'],
+    ids=['augmix', 'randaugment', 'split norms', 'crops', 'scheduled resolutions'],
 )
 def test_falls_back_to_timms_loader(run, caplog, train_script, options, needs):
     if f"'{options[0]}'" not in train_script.read_text():
         pytest.skip(f'this train.py has no {options[0]}')
-    folder = run(*options, '--workers', 0, '--val-split', 'test')
+    folder = run(*options, '--workers', 0)
     assert f"training with timm's own loader, which {needs} needs" in caplog.text and HELD not in caplog.text
-    assert len(read_curve(folder)) == 1
+    (row,), model = read_curve(folder), read_run(folder).build_model()
+    data = read_run(folder).load_data(model)
+    assert row['eval_top1'] == pytest.approx(evaluate(model, data)['top1']) and len(data) == 20
 
 
 def test_naflex_falls_back(run, caplog):

@@ -1,10 +1,11 @@
-from .images import ImageData, list_classes, load_images
+from .images import ImageData, ImageFiles, list_classes, load_images
 from .loader import BatchErasing, ResidentDataset, ResidentLoader
 from .view import View, open_image, read_image, to_channels
 
 __all__ = [
     'BatchErasing',
     'ImageData',
+    'ImageFiles',
     'ResidentDataset',
     'ResidentLoader',
     'View',

@@ -7,17 +7,19 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from ..papers import DATASETS
@@ -102,10 +104,7 @@ def load_images(
         data = _load_torchvision(name, root, split, download)
         data = data if view is None else data.seen_by(view)
     else:
-        listing = list_split(root, split, hold_out)
-        for note in listing.notes:
-            _logger.warning(note)
-        data = _load_cached(root, split, view, hold_out, listing)
+        data = _load_cached(root, split, view, hold_out, _list_noting(root, split, hold_out))
     if classes is None:
         return data
     unknown = [c for c in data.classes if c not in classes]
@@ -113,6 +112,45 @@ def load_images(
         raise UserError(f'{root}: {split} has classes that are not trained on: {", ".join(unknown[:5])}')
     index = torch.tensor([classes.index(c) for c in data.classes])
     return replace(data, targets=index[data.targets], classes=classes)
+
+
+class ImageFiles(Dataset):
+    """The images of a split of a folder or a tar, decoded one by one and as they are, for timm's own loader.
+
+    Args:
+        root: as in `load_images`, as is what it raises; an image that cannot be decoded is found when its turn comes.
+        split: as in `load_images`.
+        channels: 1 for grey images, 3 for RGB.
+        class_to_idx: the classes to take and their numbers. Default: all, in order.
+    """
+
+    def __init__(
+        self, root: str | Path, split: str, channels: int = 3, class_to_idx: Mapping[str, int] | None = None
+    ) -> None:
+        listing = _list_noting(Path(os.path.expanduser(root)), split)
+        self.class_to_idx = class_to_idx or {name: i for i, name in enumerate(listing.classes)}
+        self.images = [image for image in listing.images if image.class_name in self.class_to_idx]
+        self.source = listing.source
+        self.channels = channels
+        self.transform = None  # which the loader sets
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        image = self.images[i]
+        ((_, data),) = self.source.read([image])
+        name = f'{self.source.path}: {image.name}'
+        pixels = to_channels(open_image(data, name), self.channels, name)
+        return self.transform(pixels) if self.transform else pixels, self.class_to_idx[image.class_name]
+
+
+def _list_noting(root: Path, split: str, hold_out: bool = True) -> Listing:
+    """`list_split`; what is passed over is said in one line."""
+    listing = list_split(root, split, hold_out)
+    for note in listing.notes:
+        _logger.warning(note)
+    return listing
 
 
 def list_classes(root: str | Path, split: str = 'train') -> list[str]:

@@ -131,17 +131,18 @@ def read_pretrained_cfg(name: str) -> dict[str, Any]:
 
 
 def _channel_options(args: argparse.Namespace) -> list[str]:
-    """What other channels than RGB mean for the images: train.py reads it of --input-size, --mean and --std alone."""
-    if args.input_size or not args.model:
+    """What another number of channels than the model's own means for the images, which train.py does not ask."""
+    if not args.model:
         return []
     cfg = read_pretrained_cfg(check_model_name(args.model))
-    channels = args.in_chans or cfg.get('input_size', (3,))[0]
-    if channels == 3:
-        return []
-    size = [args.img_size] * 2 if args.img_size else cfg.get('input_size', (3, 224, 224))[1:]
-    options = ['--input-size', *map(str, (channels, *size))]
+    own = cfg.get('input_size') or (3, 224, 224)
+    channels = args.input_size[0] if args.input_size else args.in_chans or own[0]
+    options = []
+    if not args.input_size and (channels, own[0]) != (3, 3):  # it takes any other size for 3 channels
+        size = [args.img_size] * 2 if args.img_size else own[1:]
+        options = ['--input-size', *map(str, (channels, *size))]
     for key in ('mean', 'std'):
-        values = cfg.get(key) or (0.5,)
+        values = cfg.get(key) or (0.5,) * 3
         if getattr(args, key) is None and len(values) != channels:
             options += [f'--{key}', f'{sum(values) / len(values):.4g}']  # one number is each channel's
     return options
@@ -188,6 +189,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     channels = args.input_size[0] if args.input_size else 3
     if (args.in_chans or channels) != channels:
         raise UserError(f'--in-chans {args.in_chans} and --input-size of {channels} channels: give one of them')
+    mode = {1: 'L', 3: 'RGB'}.get(channels)
+    if mode and getattr(args, 'input_img_mode', None) not in (None, mode):
+        raise UserError(f'--input-img-mode {args.input_img_mode}: images of {channels} channels are {mode}')
     for name in ('mean', 'std'):
         if len(getattr(args, name) or [0]) not in (1, channels):
             raise UserError(f'--{name}: {len(getattr(args, name))} numbers for {channels} channels; give one for each')

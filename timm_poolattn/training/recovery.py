@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from timm.models import clean_state_dict
 from timm.task import TrainingTask
 from timm.utils import random_seed
 from torch import nn
 
 from ..utils import MissingFileError, UserError, sync
-from .runs import read_checkpoint
+from .runs import model_weights, read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def check_checkpoint(path: str | Path, model: nn.Module | None = None) -> None:
         offer = f'the newest whole one is {offer}' if offer else 'no other in its folder is whole'
         raise UserError(f'--resume: {path} is damaged: it was cut short or changed; {offer}')
     if model is not None:
-        saved = {name: w.shape for name, w in clean_state_dict(read_checkpoint(path)['state_dict']).items()}
+        saved = {name: w.shape for name, w in model_weights(read_checkpoint(path)).items()}
         own = {name: w.shape for name, w in model.state_dict().items()}
         if differing := sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name)):
             raise UserError(

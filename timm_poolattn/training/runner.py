@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.data import resolve_data_config
+from timm.data.readers.class_map import load_class_map
 from timm.models import load_checkpoint, safe_model_name
 from timm.task import TrainingTask
 from torch import nn
 from torch.optim import Optimizer
 
-from ..data import BatchErasing, ResidentDataset, ResidentLoader, View, list_classes, load_images
+from ..data import BatchErasing, ImageFiles, ResidentDataset, ResidentLoader, View, list_classes, load_images
 from ..utils import UserError
 from .arguments import check_arguments, parse_arguments, read_pretrained_cfg
 from .penalty import PenaltyMixin, with_penalty
@@ -91,7 +92,7 @@ def train(
     if args.resume:
         check_checkpoint(args.resume)
     resident = resident and _can_be_resident(args)
-    classes = _check_data(args) if resident else []
+    classes = [] if args.class_map or (args.dataset and not resident) else _check_data(args)
     if folder is None and rank == 0:
         folder = new_folder(output, safe_model_name(args.model))
         args.experiment = folder.name
@@ -125,8 +126,11 @@ def train(
                 module.main()
             if guard.interrupts:  # train.py catches it, and ends as if it were done
                 raise KeyboardInterrupt(guard.save_interrupted())
-        except UserError:
-            raise
+        except UserError as e:
+            if '\n' not in str(e):
+                raise
+            # of a loader's worker, with its traceback before it
+            raise UserError(str(e).strip().splitlines()[-1].partition(': ')[2]) from e
         except Exception as e:  # of timm's and torch's own kinds
             if guard.started:
                 raise
@@ -219,6 +223,9 @@ def _create_model(
         if start:
             doing = f'--initial-checkpoint {start} for --model {name}'
             load_checkpoint(model, start)
+            doing = f'--model {name} with these arguments'
+        if not getattr(args, 'naflex_loader', False):  # whose models take no images
+            _check_output(model, resolve_data_config(vars(args), model=model)['input_size'])
     except UserError:
         raise
     except Exception as e:  # of timm's, of the model's and of the Hub's own kinds
@@ -228,6 +235,15 @@ def _create_model(
     if args.resume:
         check_checkpoint(args.resume, model)
     return model
+
+
+@torch.inference_mode()
+def _check_output(model: nn.Module, input_size: Sequence[int]) -> None:
+    """Refuse a model that has no number for each class of an image, as one without pooling has not."""
+    shape = tuple(model.eval()(torch.zeros(1, *input_size)).shape)
+    model.train()
+    if shape != (1, model.num_classes):
+        raise UserError(f'--model: an image gives {shape} numbers, not {model.num_classes}; --gp avg pools them')
 
 
 def _create_task(tasks: list[TrainingTask], kind: type[TrainingTask], penalty_weight: float, *args, **kwargs):
@@ -247,16 +263,40 @@ def _create_dataset(
     args: argparse.Namespace,
     create_dataset: Callable[..., Any],
     note: Callable[[list[str], int], None],
-    *names: Any,
+    name: str,
+    root: str | None = None,
+    split: str = 'validation',
+    class_map: str = '',
+    is_training: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """timm's create_dataset, whose classes are noted where its reader has them."""
+    """timm's create_dataset, whose classes are noted where its reader has them.
+
+    Of a folder or a tar it takes other images for a split, all where there is no folder of the split's very name. So
+    these are listed here, as the resident loader does.
+    """
     try:
-        dataset = create_dataset(*names, **kwargs)
-    except (OSError, RuntimeError, AssertionError) as e:
-        raise UserError(f'--data-dir {kwargs.get("root")}: {" ".join(str(e).split())[:300]}') from e
-    index = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
-    if index and kwargs.get('is_training'):
+        if name:
+            given = dict(split=split, class_map=class_map, is_training=is_training)
+            dataset = create_dataset(name, root=root, **given, **kwargs)
+            index = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+        else:
+            classes = list_classes(root, args.train_split)
+            index = load_class_map(class_map, root) if class_map else {c: i for i, c in enumerate(classes)}
+            dataset = ImageFiles(root, split, _view(args, is_training).input_size[0], index)
+    except UserError:
+        raise
+    except Exception as e:  # of timm's, of its readers' and of pickle's own kinds
+        raise UserError(f'--data-dir {root}: {" ".join(str(e).split())[:300]}') from e
+    if (
+        is_training
+        and not getattr(args, 'naflex_loader', False)
+        and hasattr(dataset, '__len__')
+        and len(dataset) < args.batch_size
+    ):
+        n = len(dataset)
+        raise UserError(f'--batch-size {args.batch_size}: {n} images to train on are not one batch; give at most {n}')
+    if index and is_training:
         note(sorted(index, key=index.get), args.num_classes)
     return dataset
 

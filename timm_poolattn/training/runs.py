@@ -85,7 +85,7 @@ class Run:
         saved = self.read_checkpoint(which)
         model = self.untrained_model()
         try:
-            model.load_state_dict(clean_state_dict(saved['state_dict_ema' if self.has_ema(saved) else 'state_dict']))
+            model.load_state_dict(model_weights(saved, ema=self.has_ema(saved)))
         except (KeyError, RuntimeError) as e:
             said = ' '.join(str(e).split())[:300]
             file = self.folder / CHECKPOINTS[which]
@@ -176,6 +176,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as e:  # torch's and pickle's own kinds
         said = ' '.join(str(e).split())[:200]
         raise UserError(f'{path}: no checkpoint of `poolattn train` ({type(e).__name__}: {said})') from e
+
+
+def model_weights(saved: dict[str, Any], ema: bool = False) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint, without the norms that --split-bn adds for its augmented splits alone."""
+    weights = clean_state_dict(saved['state_dict_ema' if ema else 'state_dict'])
+    return {name: weight for name, weight in weights.items() if '.aux_bn.' not in name}
 
 
 def read_curve(folder: str | Path) -> list[dict[str, float]]:
