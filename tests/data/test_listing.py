@@ -7,6 +7,7 @@ import tarfile
 
 import pytest
 from PIL import Image
+from timm.data.readers import create_reader
 
 from timm_poolattn.data import list_classes, load_images
 from timm_poolattn.data.listing import list_split
@@ -103,6 +104,18 @@ def test_what_is_no_image_is_counted(read, image_folder):
     assert names(listing) == EIGHT
     (note,) = listing.notes
     assert 'passed over 8 ' in note and 'first cat/a.heic' in note
+
+
+def test_classes_are_in_timms_order(read, image_folder):
+    """So that timm's validate.py gives a class the number that it has here."""
+    for split in ('train', 'test'):
+        for name in ('10', '2', 'b', 'C', 'a10', 'a9', 'x²'):
+            shutil.copytree(image_folder / split / 'cat', image_folder / split / name)
+    classes = read(split='test').classes
+    assert classes == ['2', '10', 'a9', 'a10', 'b', 'C', 'cat', 'dog', 'x²']
+    shutil.rmtree(image_folder / 'test' / 'x²')  # at which timm's raises
+    index = create_reader('', image_folder / 'test').class_to_idx
+    assert sorted(index, key=index.get) == classes[:-1]
 
 
 def test_the_note_is_one_line(image_folder, caplog):

@@ -239,6 +239,10 @@ def test_mistakes(run_dir, tmp_path):
     (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'model_kwargs': dict(flavour='fa')}))
     with pytest.raises(ValueError, match=r'trained with --model-kwargs .* another network than resnet20_saam'):
         release(run_dir, 'cifar10', out=tmp_path)
+    (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'val_split': 'train'}))
+    with pytest.raises(UserError, match='evaluated on train, which is for training; train with --val-split test'):
+        release(run_dir, 'cifar10', out=tmp_path)
+    (run_dir / 'args.yaml').write_text(yaml.safe_dump(args))
     (run_dir / 'model_best.pth.tar').unlink()
     with pytest.raises(FileNotFoundError, match=r'no model_best\.pth\.tar'):
         release(run_dir, 'cifar10', checkpoint='best', out=tmp_path)

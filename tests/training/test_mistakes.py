@@ -66,6 +66,7 @@ def refused(train_script, data, output, *options, match, kind=UserError, **kwarg
         (['--eval-metric', 'accuracy'], "unknown metric 'accuracy'; choose from top1, "),
         (['--model-kwargs', 'red'], 'an argument cannot be read .*--model-kwargs and its like take name=value'),
         (['--amp', '--amp-dtype', 'int4'], 'train.py takes no such arguments: .*AssertionError'),
+        (['--dataset', 'torch/image_folder'], '--dataset torch/image_folder: leave it out; --data-dir alone names'),
         (['--aa', 'evil'], 'train.py takes no such arguments: .*Unknown'),
         (['--dataset', 'tfds/x'], 'train.py takes no such arguments: .*tensorflow'),
         (['--experiment', 'x' * 300], 'x: cannot be made .File name too long'),
@@ -194,6 +195,17 @@ class TestFolder:
         folder = run_train(train_script, cifar10_few, tmp_path, '-b', 40, '--model', 'resnet20')
         assert json.loads((folder / 'run.json').read_text())['wall_time_s'] < 1000
         assert [row['epoch'] for row in read_curve(folder)] == [0]
+
+
+def test_resume_on_other_data(train_script, cifar10_few, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 'run')
+    shutil.copytree(cifar10_few, tmp_path / 'data')
+    for split in ('train', 'test'):
+        (tmp_path / 'data' / split / 'airplane').rename(tmp_path / 'data' / split / 'yak')
+    options = ['--model', 'resnet20.cifar10', '--epochs', 3, '--resume', 'auto']
+    match = r'its classes are 10 \(automobile, ...\), not the 10 \(airplane, ...\) that the run to resume is trained on'
+    with pytest.raises(UserError, match=match):
+        run_train(train_script, tmp_path / 'data', tmp_path, *options)
 
 
 def test_resume_after_a_cut_row(train_script, cifar10_few, trained, tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import lzma
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -305,7 +306,7 @@ class _Walk:
                 self._walk(entry.place, entry.name)
             elif entry.kind != 'folder':
                 self.passed.append(entry.name)
-        return found
+        return sorted(found, key=_natural)
 
     def _walk(self, place: str, class_name: str) -> None:
         todo = [(place, class_name)]
@@ -358,6 +359,11 @@ class _Walk:
         if self.outside:
             notes.append(f'followed {len(self.outside)} links out of the split, first {self.outside[0]}')
         return notes
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """timm's order of classes: 2 before 10, and b before C."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r'(\d+)', name.lower()))], name
 
 
 def _is_below(place: str, folder: str) -> bool:

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import eval_result_entries_to_yaml
 from timm.models import create_model
 
+from ..data.listing import TRAIN_SPLITS
 from ..inference import evaluate
 from ..models import FAMILIES, data_sha256, multiply_adds, save_model
 from ..papers import DATASETS
@@ -75,6 +76,10 @@ def release(
     allowed = {**own, **{k: kwargs.get(k) for k in ('drop_rate', 'drop_path_rate', *MODEL_ARGS)}}
     if differing := {k: v for k, v in kwargs.items() if k not in allowed or v != allowed[k]}:
         raise UserError(f'{run_dir}: trained with --model-kwargs {differing}, which is another network than {arch}')
+    if (run.args.get('val_split') or 'validation') in (*TRAIN_SPLITS, run.args.get('train_split')):
+        raise UserError(
+            f'{run_dir}: evaluated on {run.args["val_split"]}, which is for training; train with --val-split test'
+        )
     saved, model, curve = run.read_checkpoint(checkpoint), run.build_model(checkpoint), run.curve
     if curve and checkpoint == 'last' and saved['epoch'] < curve[-1]['epoch']:
         raise UserError(

@@ -175,6 +175,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if twice := sorted((args.model_kwargs or {}).keys() & _OPTIONS.keys()):
         said = ', '.join(f'{key} is --{_OPTIONS[key]}' for key in twice)
         raise UserError(f'--model-kwargs: train.py has options of its own for these: {said}')
+    if args.dataset in ('torch/image_folder', 'torch/folder'):  # of which timm evaluates another folder than its split
+        raise UserError(f'--dataset {args.dataset}: leave it out; --data-dir alone names a folder of images')
     look_up('optimizer', args.opt.lower().removeprefix('lookahead_'), list_optimizers(), 'for --opt')
     if args.sched:
         look_up('schedule', args.sched, _SCHEDULES, 'for --sched')

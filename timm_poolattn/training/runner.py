@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -204,6 +205,11 @@ def _note_classes(
             f'{args.data_dir or args.data}: {n} classes, and the model has {num_classes}; give --num-classes {n}'
         )
     if record:
+        if (before := record.facts.get('classes', classes)) != classes:
+            said = f'{n} ({classes[0]}, ...), not the {len(before)} ({before[0]}, ...)'
+            raise UserError(
+                f'{args.data_dir or args.data}: its classes are {said} that the run to resume is trained on'
+            )
         record.facts['classes'] = classes
 
 
@@ -286,7 +292,7 @@ def _create_dataset(
             dataset = ImageFiles(root, split, _view(args, is_training).input_size[0], index)
     except UserError:
         raise
-    except Exception as e:  # of timm's, of its readers' and of pickle's own kinds
+    except (OSError, RuntimeError, AssertionError, ValueError, UnpicklingError) as e:  # the last of a class map
         raise UserError(f'--data-dir {root}: {" ".join(str(e).split())[:300]}') from e
     if (
         is_training

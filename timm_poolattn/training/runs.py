@@ -63,7 +63,7 @@ class Run:
             return self.record['classes']
         if self.args.get('dataset'):
             return load_images(self.args['data_dir'], 'train', name=self.args['dataset']).classes
-        return list_classes(self.args['data_dir'], self.args.get('train_split') or 'train')
+        return sorted(list_classes(self.args['data_dir'], self.args.get('train_split') or 'train'))  # as such a run did
 
     def read_checkpoint(self, which: str = 'last') -> dict[str, Any]:
         """What timm's saver wrote; no pickle is run.
@@ -122,13 +122,12 @@ class Run:
 
     def load_data(self, model: nn.Module, data_dir: str | Path | None = None) -> ImageData:
         """The images that the run evaluated `model` on, or those of `data_dir`, brought to size in the same way."""
-        return load_images(
-            data_dir or self.args['data_dir'],
-            self.args.get('val_split') or 'validation',
-            name=self.args.get('dataset') or '',
-            view=View.of(self.data_config(model)),
-            classes=self.record.get('classes'),  # of which a split may hold a few
-        )
+        root, name = data_dir or self.args['data_dir'], self.args.get('dataset') or ''
+        split = self.args.get('val_split') or 'validation'
+        classes = self.record.get('classes')  # of which a split may hold a few
+        if not (classes or name):
+            classes = sorted(list_classes(root, split))  # as `classes` says
+        return load_images(root, split, name=name, view=View.of(self.data_config(model)), classes=classes)
 
     def save_model(self, model: nn.Module, folder: str | Path) -> None:
         """Write `model` with its classes and the run's way to see images: see `models.save_model`."""
