@@ -248,6 +248,19 @@ def test_mistakes(run_dir, tmp_path):
         release(run_dir, 'cifar10', checkpoint='best', out=tmp_path)
 
 
+def test_a_curve_that_is_not_finite_and_data_by_their_old_name(run_dir, tmp_path, caplog):
+    """An evaluation may overflow in 16 bits; `train DIR` is --data of train.py. A figure that is not the run's is said."""
+    run_dir, _ = run_dir
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'data': args['data_dir'], 'data_dir': None}))
+    (run_dir / 'summary.csv').write_text('epoch,train_loss,eval_top1\nnan,1,90\n0,inf,nan\n1,0.6,40.0\n')
+    folder = release(run_dir, 'cifar10', out=tmp_path / 'hub_configs')
+    results = json.loads((folder / 'results.json').read_text(), parse_constant=pytest.fail)
+    assert results['curve'] == [dict(epoch=0), dict(epoch=1, train_loss=0.6, eval_top1=40)]
+    assert results['best_top1'] == 40 and all(check.ok for check in verify(folder))
+    assert f'the run says 40.00% of epoch 1, and {results["test"]["top1"]:.2f}% is measured and released' in caplog.text
+
+
 def test_no_pickle_is_loaded(run_dir, tmp_path):
     run_dir, _ = run_dir
 

@@ -1,7 +1,11 @@
 """Reading a run's folder: its curve, its model, its classes."""
 
-import pytest
+import json
 
+import pytest
+import timm
+
+from timm_poolattn.data import View
 from timm_poolattn.training import read_curve, read_run
 from timm_poolattn.utils import MissingFileError, UserError
 
@@ -49,7 +53,26 @@ def test_what_is_no_run_is_named(tmp_path):
     (tmp_path / 'run.json').write_text('{"recipe": "x", ')
     with pytest.raises(UserError, match=r'run\.json: cannot be read .* cut short'):
         read_run(tmp_path)
+    for record, said in (
+        (dict(classes='cat'), 'classes is cat'),
+        (dict(classes=[1]), r'classes is \[1\]'),
+        (dict(options=[]), r'options is \[\]'),
+        (dict(versions=None), 'versions is None'),
+        (dict(resumed=[3]), r'resumed is \[3\]'),
+        (dict(wall_time_s='x'), 'wall_time_s is x'),
+    ):
+        (tmp_path / 'run.json').write_text(json.dumps(record))
+        with pytest.raises(UserError, match=rf'run\.json: {said}, which no run writes'):
+            read_run(tmp_path)
     (tmp_path / 'run.json').unlink()
+    with pytest.raises(UserError, match=r'args\.yaml: says no data_dir; give --data-dir'):
+        read_run(tmp_path).data_dir()
+    (tmp_path / 'args.yaml').write_text('model: resnet20\nmean: [0.5, 0.5]')
+    with pytest.raises(UserError, match=r'args\.yaml: cannot be of the images'):
+        read_run(tmp_path).data_config(timm.create_model('resnet20'))
+    (tmp_path / 'args.yaml').write_text('model: resnet20\ncrop_pct: -1')
+    with pytest.raises(UserError, match=r'crop_pct is -1, and must be over 0'):
+        View.of(read_run(tmp_path).data_config(timm.create_model('resnet20')))
     with pytest.raises(MissingFileError, match=r'last\.pth\.tar: no such checkpoint'):
         read_run(tmp_path).build_model()
     (tmp_path / 'last.pth.tar').write_bytes(b'PK')

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform
 
-from ..utils import MissingFileError, UserError
+from ..utils import MissingFileError, UserError, look_up
 
 #: timm's names of ways to resize.
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
@@ -43,6 +43,16 @@ class View:
     crop_mode: str = 'center'
     interpolation: str = 'bicubic'
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        """Refuse what no image can be brought to.
+
+        Raises:
+            UserError: a crop_pct or an interpolation of no use.
+        """
+        if not (isinstance(self.crop_pct, int | float) and 0 < self.crop_pct <= 1):
+            raise UserError(f'crop_pct is {self.crop_pct!r}, and must be over 0 and at most 1')
+        look_up('interpolation', str(self.interpolation), INTERPOLATIONS)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> 'View':

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -22,6 +24,8 @@ from ..version import __version__
 from .card import eval_result, model_card
 from .onnx_files import NEEDED, write_onnx
 from .verification import MODEL_ARGS
+
+_logger = logging.getLogger(__name__)
 
 
 def release(
@@ -80,7 +84,8 @@ def release(
         raise UserError(
             f'{run_dir}: evaluated on {run.args["val_split"]}, which is for training; train with --val-split test'
         )
-    saved, model, curve = run.read_checkpoint(checkpoint), run.build_model(checkpoint), run.curve
+    saved, model = run.read_checkpoint(checkpoint), run.build_model(checkpoint)
+    curve = [{k: v for k, v in row.items() if math.isfinite(v)} for row in run.curve]  # of which JSON has no others
     if curve and checkpoint == 'last' and saved['epoch'] < curve[-1]['epoch']:
         raise UserError(
             f'{run_dir}: {CHECKPOINTS[checkpoint]} is of epoch {saved["epoch"]}, summary.csv ends with'
@@ -104,6 +109,7 @@ def release(
         weights = seal(temp / 'model.safetensors', dict(format='pt', architecture=arch, tag=tag, **source))
         written = create_model(f'local-dir:{temp}', pretrained=True)
         test = evaluate(written, data)
+        _compare(run_dir, test, next((row for row in evaluated if row['epoch'] == saved['epoch']), None))
         best = max(evaluated, key=lambda row: row['eval_top1'])
         results = dict(
             model=arch,
@@ -140,6 +146,15 @@ def _check_fit(run_dir: Path, tag: str, num_classes: int, config: dict[str, Any]
         raise UserError(f'{run_dir}: its {num_classes} classes ({classes[0]}, ...) are not those of {tag}; {own}')
     if tuple(config['input_size']) != facts['input_size']:
         raise UserError(f'{run_dir}: images of {config["input_size"]}, {tag} has {facts["input_size"]}; {own}')
+
+
+def _compare(run_dir: Path, test: dict[str, float], row: dict[str, float] | None) -> None:
+    """Say where an accuracy is not the run's but for rounding, which it may have evaluated in 16 bits."""
+    if row and abs(test['top1'] - row['eval_top1']) / 100 * test['images'] > 3 + 0.02 * test['images']:
+        _logger.warning(
+            f'{run_dir}: the run says {row["eval_top1"]:.2f}% of epoch {row["epoch"]:.0f}, and {test["top1"]:.2f}% is'
+            ' measured and released: args.yaml, run.json or the data may not be those that it was trained with'
+        )
 
 
 def write_texts(folder: Path, results: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ _MODEL_ARGS = dict(
     bn_momentum='bn_momentum',
     bn_eps='bn_eps',
 )
+#: What a run's record holds, where it holds it.
+_RECORD = dict(arguments=dict, options=dict, versions=dict, resumed=list, classes=list, wall_time_s=int | float)
 #: What a config.json says of the images.
 _DATA_CONFIG = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
 
@@ -52,6 +54,17 @@ class Run:
         """A row for each epoch; see `read_curve`."""
         return read_curve(self.folder)
 
+    def data_dir(self) -> str:
+        """Where the run's data were.
+
+        Raises:
+            UserError: args.yaml does not say.
+        """
+        root = self.args.get('data_dir') or self.args.get('data')
+        if not isinstance(root, str):
+            raise UserError(f'{self.folder / "args.yaml"}: says no data_dir; give --data-dir')
+        return root
+
     @cached_property
     def classes(self) -> list[str]:
         """The names of the training data's classes, in the order of the model's.
@@ -62,8 +75,8 @@ class Run:
         if 'classes' in self.record:
             return self.record['classes']
         if self.args.get('dataset'):
-            return load_images(self.args['data_dir'], 'train', name=self.args['dataset']).classes
-        return sorted(list_classes(self.args['data_dir'], self.args.get('train_split') or 'train'))  # as such a run did
+            return load_images(self.data_dir(), 'train', name=self.args['dataset']).classes
+        return sorted(list_classes(self.data_dir(), self.args.get('train_split') or 'train'))  # as such a run did
 
     def read_checkpoint(self, which: str = 'last') -> dict[str, Any]:
         """What timm's saver wrote; no pickle is run.
@@ -86,7 +99,7 @@ class Run:
         model = self.untrained_model()
         try:
             model.load_state_dict(model_weights(saved, ema=self.has_ema(saved)))
-        except (KeyError, RuntimeError) as e:
+        except (KeyError, RuntimeError, AttributeError) as e:
             said = ' '.join(str(e).split())[:300]
             file = self.folder / CHECKPOINTS[which]
             raise UserError(f'{file}: not of the model that args.yaml beside it says: {said}') from e
@@ -115,14 +128,17 @@ class Run:
 
     def data_config(self, model: nn.Module) -> dict[str, Any]:
         """How the run brought images to `model`: input_size, mean, std, crop_pct, crop_mode and interpolation."""
-        config = resolve_data_config(self.args, model=model)
+        try:
+            config = resolve_data_config(self.args, model=model)
+        except (AssertionError, TypeError) as e:
+            raise UserError(f'{self.folder / "args.yaml"}: cannot be of the images ({type(e).__name__}: {e})') from e
         if self.record.get('options', {}).get('resident', True):  # whose loader has its own ways
             config.update(crop_pct=self.args.get('crop_pct') or 1.0)
         return {k: config[k] for k in _DATA_CONFIG}
 
     def load_data(self, model: nn.Module, data_dir: str | Path | None = None) -> ImageData:
         """The images that the run evaluated `model` on, or those of `data_dir`, brought to size in the same way."""
-        root, name = data_dir or self.args['data_dir'], self.args.get('dataset') or ''
+        root, name = data_dir or self.data_dir(), self.args.get('dataset') or ''
         split = self.args.get('val_split') or 'validation'
         classes = self.record.get('classes')  # of which a split may hold a few
         if not (classes or name):
@@ -153,8 +169,12 @@ def read_run(folder: str | Path) -> Run:
             raise UserError(f'{path}: cannot be read ({" ".join(str(e).split())[:200]}); was it cut short?') from e
         if not isinstance(read[name], dict):
             raise UserError(f'{path}: not a mapping; was it cut short?')
-    if 'model' not in read['args.yaml']:
+    if not isinstance(read['args.yaml'].get('model'), str):
         raise UserError(f"{folder / 'args.yaml'}: says no model; is it train.py's?")
+    for key, value in read['run.json'].items():
+        item = dict(classes=str, resumed=dict).get(key)
+        if not isinstance(value, _RECORD.get(key, object)) or (item and not all(isinstance(v, item) for v in value)):
+            raise UserError(f'{folder / "run.json"}: {key} is {str(value)[:100]}, which no run writes; was it changed?')
     return Run(folder, read['args.yaml'], read['run.json'])
 
 
@@ -206,7 +226,8 @@ def read_curve(folder: str | Path) -> list[dict[str, float]]:
         names = next((names for names in layouts if len(names) == len(row)), None)
         try:
             epoch = {name: float(value) for name, value in zip(names or (), row, strict=True)}
-        except ValueError:
+            int(epoch['epoch'])
+        except (ValueError, OverflowError):
             continue
         curve = [before for before in curve if before['epoch'] < epoch['epoch']] + [epoch]
     return curve
