@@ -65,7 +65,7 @@ def test_values_without_a_range_are_refused(tmp_path, pixels, reason):
 def test_modes_are_pillows(tmp_path, mode):
     image = Image.fromarray(COLOUR).convert(mode) if mode != 'LAB' else Image.new('LAB', (16, 16), (50, 10, 20))
     path = tmp_path / ('a.tif' if mode in ('CMYK', 'YCbCr', 'LAB') else 'a.png')
-    image.save(path)
+    image.save(path, compression='tiff_lzw' if mode == 'YCbCr' else None)  # Pillow 12.3 cannot read its own raw ones
     assert np.array_equal(read_image(path), Image.open(path).convert('RGB'))
 
 

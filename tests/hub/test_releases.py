@@ -249,7 +249,7 @@ def test_mistakes(run_dir, tmp_path):
 
 
 def test_a_curve_that_is_not_finite_and_data_by_their_old_name(run_dir, tmp_path, caplog):
-    """An evaluation may overflow in 16 bits; `train DIR` is --data of train.py. A figure that is not the run's is said."""
+    """`train DIR` is --data of train.py. A figure that is not the run's is said."""
     run_dir, _ = run_dir
     args = yaml.safe_load((run_dir / 'args.yaml').read_text())
     (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'data': args['data_dir'], 'data_dir': None}))
