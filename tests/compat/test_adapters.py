@@ -5,6 +5,9 @@ import timm
 import torch
 from torch import nn
 
+import timm_poolattn
+from timm_poolattn.utils import UserError
+
 pytestmark = pytest.mark.compat
 peft = pytest.importorskip('peft')
 accelerate = pytest.importorskip('accelerate')
@@ -37,6 +40,14 @@ def test_cpu_offload(name, tmp_path):
     assert accelerate.cpu_offload(model, execution_device='cpu')(X).equal(expected)
     accelerate.hooks.remove_hook_from_submodules(model)
     assert accelerate.disk_offload(model, tmp_path / 'offload', execution_device='cpu')(X).equal(expected)
+
+
+@pytest.mark.parametrize('gate', ['saam', 'fa'])
+def test_what_is_offloaded_takes_no_gates(gate):
+    model = accelerate.cpu_offload(timm.create_model('resnet18').eval(), execution_device='cpu')
+    with pytest.raises(UserError, match='is offloaded, its weights are elsewhere'):
+        timm_poolattn.insert(model, gate)
+    assert all(p.is_meta for p in model.parameters()) and model(torch.randn(2, 3, 64, 64)).isfinite().all()
 
 
 @pytest.mark.parametrize('name', NAMES)

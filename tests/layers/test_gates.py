@@ -58,6 +58,27 @@ def test_factory_kwargs(name):
     assert all(p.is_meta and p.dtype == torch.float64 for p in gate.parameters())
 
 
+@pytest.mark.parametrize('name', [*GATES, 'fa'])
+def test_reset_parameters(name):
+    """What resets every module that can be, as for another fold, leaves nothing that was trained."""
+    gate = FocusAssociation(16, 2, identity_init=True) if name == 'fa' else create_gate(name, 16, identity_init=True)
+    for parameter in gate.parameters():
+        torch.nn.init.constant_(parameter, 7)
+    for module in gate.modules():
+        if hasattr(module, 'reset_parameters'):
+            module.reset_parameters()
+    assert gate.alpha == 0 and not any((parameter == 7).any() for parameter in gate.parameters())
+
+
+@pytest.mark.parametrize(
+    'gate', [create_gate('spem', 16, identity_init=True), FocusAssociation(16, 1, identity_init=True)]
+)
+def test_an_alpha_without_an_axis_loads(gate):
+    """As version 0.1 saved it."""
+    gate.load_state_dict({**gate.state_dict(), 'alpha': torch.tensor(0.25)})
+    assert gate.alpha.tolist() == [0.25]
+
+
 @pytest.mark.parametrize('name', GATES)
 def test_script_and_fx(name):
     gate = create_gate(name, 16).eval()

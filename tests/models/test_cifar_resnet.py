@@ -4,6 +4,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from timm_poolattn import CifarResNet
 from timm_poolattn.layers import GATES, REWEIGHT_FORMS
@@ -219,3 +220,22 @@ def test_reparameterized_for_inference(name):
     with torch.no_grad():
         expected = model(x)
         torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_what_cannot_be_folded_stays():
+    """Weights that are made from others, and norms without statistics, beside a block that folds."""
+    model = timm.create_model('resnet20_saam').eval()
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        model.train()(x)
+        pruned, parametrised, untracked, *_ = (stage.blocks[0] for stage in model.stages)
+        for i in (1, 2):
+            prune.l1_unstructured(getattr(pruned, f'conv{i}'), 'weight', 0.5)
+            parametrizations.weight_norm(getattr(parametrised, f'conv{i}'))
+            norm = getattr(untracked, f'bn{i}')
+            norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+        expected = model.eval()(x)
+        reparameterize_model(model, inplace=True)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    norms = [name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and '.bn' in name]
+    assert norms == [f'stages.{s}.blocks.0.bn{i}' for s in range(3) for i in (1, 2)]

@@ -1,9 +1,12 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from timm.models.resnet import BasicBlock
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import timm_poolattn
 from timm_poolattn.layers import Focus
@@ -234,6 +237,12 @@ class Net(nn.Module):
         ),
         (lambda: Net([Block(), Block()], size=7), 'saam', 'takes no images'),
         (lambda: timm.create_model('test_vit'), 'fa', 'no residual blocks'),
+        (
+            lambda: timm.create_model('repvgg_a0'),
+            'se',
+            r'stages\.0\.1 loses its drop_path, .* when it is reparameterized',
+        ),
+        (lambda: checkpointed(timm.create_model('resnet18')), 'fa', r'its blocks are wrapped \(CheckpointWrapper\)'),
         (lambda: nn.Sequential(), 'saam', 'no residual blocks'),
     ],
 )
@@ -246,6 +255,45 @@ def test_what_does_not_fit_is_refused_and_unchanged(model, gate, why, training):
     with pytest.raises(UserError, match=f'cannot carry the gate: .*{why}'):
         timm_poolattn.insert(model, gate)
     assert_same_state(model, before)
+
+
+def checkpointed(model):
+    apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, BasicBlock | InsertedGate | InsertedStage))
+    return model
+
+
+@pytest.mark.parametrize('close', [torch.jit.script, torch.fx.symbolic_trace])
+def test_code_that_is_fixed(close):
+    """A graph calls what it saw: it is refused, not left without effect."""
+    with pytest.raises(UserError, match='is scripted or traced'):
+        timm_poolattn.insert(close(create('resnet18', drop_path_rate=0.1)), 'saam')
+    with pytest.raises(UserError, match='is scripted or traced'):
+        timm_poolattn.remove(close(timm_poolattn.insert(create('resnet18'), 'saam')))
+
+
+@pytest.mark.parametrize('gate', ['saam', 'fa'])
+def test_wrapped_blocks(gate):
+    if gate == 'saam':  # FA's are refused
+        model = checkpointed(create('resnet18'))
+        before = state_of(model)
+        assert len(gates_of(timm_poolattn.insert(model, gate))) == 8
+        assert_same_state(timm_poolattn.remove(model), before)
+    model = checkpointed(timm_poolattn.insert(create('resnet18'), gate))
+    with pytest.raises(UserError, match='CheckpointWrapper wraps an inserted gate; unwrap it first'):
+        timm_poolattn.remove(model)
+
+
+@pytest.mark.parametrize('wrap', [lambda y: {'a': y}, lambda y: [(y, None, 'text')], lambda y: SimpleNamespace(y=y)])
+def test_outputs_of_any_structure(wrap):
+    model = create('resnet18')
+    model.register_forward_hook(lambda m, args, out: wrap(out))
+    assert len(gates_of(timm_poolattn.insert(model, 'fa'))) == 4
+
+
+@pytest.mark.parametrize('name', ['resnet20', 'resnet20_fa', 'vgg19_se', 'inception_v4_se', 'resnet50_fa'])
+def test_own_networks_have_fa_from_their_constructor(name):
+    with pytest.raises(UserError, match=r"gets FA when it is built: timm\.create_model\(name, gate='fa'\)"):
+        timm_poolattn.insert(timm.create_model(name, device='meta'), 'fa')
 
 
 @pytest.mark.parametrize('gate', ['spem', 'fa'])
@@ -312,7 +360,5 @@ def test_mistakes(gate):
     timm_poolattn.insert(model, gate)
     with pytest.raises(ValueError, match='inserted gates already'):
         timm_poolattn.insert(model, 'saam')
-    with pytest.raises(UserError, match='is scripted'):
-        timm_poolattn.insert(torch.jit.script(create('resnet18')), gate)
     with pytest.raises(ValueError, match='nothing to skip'):
         timm_poolattn.set_skip_threshold(create('resnet18'), 0.5)

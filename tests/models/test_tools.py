@@ -6,14 +6,21 @@ import warnings
 import pytest
 import timm
 import torch
-from torch import nn
+from timm.layers import convert_splitbn_model, freeze_batch_norm_2d
+from torch import distributed, nn
 from torch.ao import quantization
 from torch.ao.quantization import quantize_fx
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import timm_poolattn
 from timm_poolattn.data import load_images
 from timm_poolattn.layers import CBAM, SAAM, SGE, SPEM, SRM, FocusAssociation
+from timm_poolattn.models._stage import Stage
+from timm_poolattn.models.cifar_vgg import VggBlock
+from timm_poolattn.utils import UserError
 
 # the last two are of timm's own layers: a tool that failed on them would not be ours to mend
 NAMES = ['resnet20', 'resnet20_saam', 'resnet20_spem', 'resnet20_fa', 'resnet20_cbam', 'resnet20_sge', 'resnet20_srm']
@@ -147,6 +154,49 @@ def test_statistics_that_are_not_tracked_stay(name, compiled):
 
 
 @pytest.mark.parametrize('name', NAMES)
+def test_exchanged_norms(name):
+    """timm's converters reach every norm: a frozen network trains with the statistics that it had, on one image too."""
+    model = timm.create_model(name)
+    model(X)
+    expected = model.eval()(X)
+    torch.testing.assert_close(convert_splitbn_model(copy.deepcopy(model)).eval()(X), expected)
+    frozen = freeze_batch_norm_2d(model).train()
+    before = {n: b.clone() for n, b in frozen.named_buffers()}
+    torch.testing.assert_close(frozen(X), expected, rtol=1e-4, atol=1e-4)
+    step(frozen, X[:1])
+    assert all(b.equal(before[n]) for n, b in frozen.named_buffers())
+
+
+@pytest.fixture(scope='module')
+def process_group(tmp_path_factory):
+    """Of this process alone."""
+    store = tmp_path_factory.mktemp('group') / 'store'
+    distributed.init_process_group('gloo', init_method=f'file://{store}', rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('name', ['resnet20', 'resnet20_saam', 'resnet20_spem', 'resnet20_fa', 'spem', 'fa'])
+def test_distributed(name, process_group):
+    """DDP and FSDP train the gates, inserted ones too; what they wrap takes no gates any more, and gives none back."""
+    model = timm.create_model(name if '20' in name else 'resnet18')
+    if '20' not in name:
+        timm_poolattn.insert(model, name)
+    model, x = model.eval(), torch.randn(2, 3, 64, 64)
+    expected = step(model, x)
+    ddp = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+    fsdp = fully_shard(copy.deepcopy(model), mesh=init_device_mesh('cpu', (1,)))
+    torch.testing.assert_close({n.removeprefix('module.'): g for n, g in step(ddp, x).items()}, expected)
+    fsdp(x).square().sum().backward()
+    torch.testing.assert_close({n: p.grad.full_tensor() for n, p in fsdp.named_parameters()}, expected)
+    for wrapped in (ddp, fsdp):
+        with pytest.raises(UserError, match='shares the parameters' if '20' in name else 'shares|already'):
+            timm_poolattn.insert(wrapped, 'saam')
+        with pytest.raises(UserError, match='shares the parameters'):
+            timm_poolattn.remove(wrapped)
+
+
+@pytest.mark.parametrize('name', NAMES)
 def test_checkpointing_frozen_parts_and_a_second_backward(name):
     model = timm.create_model(name).double()
     x = X.double()
@@ -163,13 +213,14 @@ def test_checkpointing_frozen_parts_and_a_second_backward(name):
     torch.testing.assert_close(kept, {n: expected[n] for n in kept})
 
 
+@pytest.mark.parametrize('kinds', [OURS, (Stage, VggBlock)], ids=['gates', 'stages'])
 @pytest.mark.parametrize('name', [*GATED, 'vgg19_fa', 'resnet50_fa'])
-def test_checkpointed_gates(name):
-    """A gate that is called again in the backward pass sees what it saw in the forward pass."""
+def test_checkpointed_modules(name, kinds):
+    """What is called again in the backward pass sees what it saw in the forward pass."""
     model = timm.create_model(name).eval().double()
     x = X[:2].double()
     expected = step(model, x)
-    apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, OURS))
+    apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, kinds))
     got = {name.replace('._checkpoint_wrapped_module', ''): grad for name, grad in step(model, x).items()}
     torch.testing.assert_close(got, expected)
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..utils import UserError
 from .arguments import check_channels, check_rd_ratio
+from .identity_init import read_scalar_alpha
 
 
 class Focus(nn.Module):
@@ -112,7 +113,14 @@ class FocusAssociation(nn.Module):
         self.index = index
         self.focus = Focus(channels, rd_ratio=rd_ratio, **dd)
         self.association = Association(index, expand_ratio=expand_ratio, **dd) if index > 1 else None
-        self.register_parameter('alpha', nn.Parameter(torch.zeros((), **dd)) if identity_init else None)
+        self.register_parameter('alpha', nn.Parameter(torch.empty(1, **dd)) if identity_init else None)
+        self.register_load_state_dict_pre_hook(read_scalar_alpha)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start without effect, where there is an alpha."""
+        if self.alpha is not None:
+            nn.init.zeros_(self.alpha)
 
     def forward(self, x: torch.Tensor, ks: list[torch.Tensor]) -> torch.Tensor:
         _assert(len(ks) == self.index - 1, 'FocusAssociation: block i takes the i - 1 earlier k of its stage')

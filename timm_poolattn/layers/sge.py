@@ -37,8 +37,14 @@ class SGE(nn.Module):
         self.channels = channels
         self.groups = groups
         self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(groups, 1, **dd))
-        self.bias = nn.Parameter(torch.ones(groups, 1, **dd))
+        self.weight = nn.Parameter(torch.empty(groups, 1, **dd))
+        self.bias = nn.Parameter(torch.empty(groups, 1, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start with the gate at sigmoid(1) everywhere."""
+        nn.init.zeros_(self.weight)
+        nn.init.ones_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_channels(x, self.channels, 'SGE')

@@ -32,11 +32,17 @@ class SRM(nn.Module):
         super().__init__()
         self.channels = channels
         self.eps = eps
-        self.cfc = nn.Parameter(torch.zeros(channels, 2, **dd))  # zero, as in the authors' code: the gate starts at 1/2
-        self.bn = nn.BatchNorm1d(channels, **dd)
+        self.cfc = nn.Parameter(torch.empty(channels, 2, **dd))
+        self.bn = nn.BatchNorm2d(channels, **dd)  # as in the authors' code: what freezes or swaps 2d norms finds it
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero, as in the authors' code: the gate starts at 1/2."""
+        nn.init.zeros_(self.cfc)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_channels(x, self.channels, 'SRM')
-        var, mean = torch.var_mean(x, dim=(2, 3), unbiased=False)
-        z = mean * self.cfc[:, 0] + (var + self.eps).sqrt() * self.cfc[:, 1]
-        return x * F.sigmoid(self.bn(z)).to(x.dtype)[:, :, None, None]
+        var, mean = torch.var_mean(x, dim=(2, 3), unbiased=False, keepdim=True)
+        of_mean, of_std = self.cfc[:, :, None, None].unbind(1)
+        z = mean * of_mean + (var + self.eps).sqrt() * of_std
+        return x * F.sigmoid(self.bn(z)).to(x.dtype)

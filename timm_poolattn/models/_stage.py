@@ -74,6 +74,7 @@ class Stage(nn.Module):
         self.shortcut = shortcut or nn.Identity()
         self.blocks = nn.ModuleList(blocks)
         self.fa = fa
+        self.earlier = 0 if fa is None else fa.index - 1  # gated stages before this one
         self.grad_checkpointing = False
         self.skip_threshold = 0.0
         self.skip_per_sample = True
@@ -84,8 +85,9 @@ class Stage(nn.Module):
         matched = self.shortcut(x)  # X of the stage
         if self.fa is None:
             return self.run_blocks(x, matched)
-        k = self.fa(matched, list(stage_ks))  # a copy: what checkpoints the gate calls it again, later
-        stage_ks.append(k)
+        k = self.fa(matched, stage_ks[: self.earlier])  # a copy: what checkpoints the gate calls it again, later
+        if len(stage_ks) == self.earlier:  # else what checkpoints the stage calls it again, and the list is complete
+            stage_ks.append(k)
         if self.skip_threshold > 0 and not self.training:
             return self._run_unskipped(x, matched, k)
         return fa_weight(matched, self.run_blocks(x, matched), k)

@@ -59,10 +59,15 @@ _UNDECAYED_GATES = ('se', 'se2', 'cbam', 'saam', 'saam2', 'saam4')
 
 class _Block(nn.Module):
     def reparameterize(self) -> None:
-        """Fold the BNs into the convs before them, for inference: `timm.utils.reparameterize_model` calls it."""
+        """Fold the BNs into the convs before them, for inference: `timm.utils.reparameterize_model` calls it.
+
+        A conv whose weight is made from others (pruned, parametrised, adapted) keeps its BN, as does a BN without
+        statistics.
+        """
         for i in range(1, self.depth + 1):
             conv, norm = getattr(self, f'conv{i}'), getattr(self, f'bn{i}')
-            if type(norm) is nn.BatchNorm2d:
+            has_weight = type(conv) is nn.Conv2d and 'weight' in dict(conv.named_parameters(recurse=False))
+            if has_weight and type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
                 statistics = norm.running_mean, norm.running_var, norm.eps
                 conv.weight, conv.bias = fuse_conv_bn_weights(
                     conv.weight, conv.bias, *statistics, norm.weight, norm.bias

@@ -53,20 +53,23 @@ class VggBlock(nn.Module):
         # matches X_i to U_i
         self.shortcut = nn.Conv2d(in_chs, width, 1, stride=2, **dd) if fa is not None else nn.Identity()
         self.fa = fa
+        self.earlier = 0 if fa is None else fa.index - 1  # gated blocks before this one
         self.grad_checkpointing = False
         self.skip_threshold = 0.0
         self.skip_per_sample = True
 
     def forward(self, x: torch.Tensor, stage_ks: list[torch.Tensor]) -> torch.Tensor:
         if self.fa is not None:
-            stage_ks.append(self.fa(x, list(stage_ks)))  # a copy, as in `Stage`
+            k = self.fa(x, stage_ks[: self.earlier])  # a copy, as in `Stage`
+            if len(stage_ks) == self.earlier:
+                stage_ks.append(k)
             if self.skip_threshold > 0 and not self.training:
-                return self._run_unskipped(x, stage_ks[-1])
+                return self._run_unskipped(x, k)
         if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108  TorchScript takes no such ternary
             u = checkpoint(self.body, x)
         else:
             u = self.body(x)
-        return u if self.fa is None else fa_weight(self.shortcut(x), u, stage_ks[-1])
+        return u if self.fa is None else fa_weight(self.shortcut(x), u, k)
 
     @torch.jit.unused  # a scripted model raises here
     def _run_unskipped(self, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -1,23 +1,26 @@
 """Gates for networks that were built, or trained, without them."""
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ..layers import GATES, FocusAssociation, create_gate
 from ..utils import UserError, look_up
-from ._stage import Stage
+from ._stage import Stage, StagedNet
 
 #: Images of a pass. With one, a map could not be told from a map without a batch.
 _BATCH_SIZE = 2
 #: Tried after the model's own size, from which both sides must differ: this tells height and width from channels.
 _SIZES = ((64, 96), (96, 160), (224, 224), (32, 32))
+#: Wrappers, by name as their imports take seconds, that would not reduce the gradients of a gate put in later.
+_DISTRIBUTED = ('DistributedDataParallel', 'FullyShardedDataParallel', 'FSDPModule')
 
 
 class InsertedGate(nn.Module):
@@ -111,14 +114,19 @@ def insert(model: nn.Module, gate: str, *, identity_init: bool = True, **gate_kw
 
     Raises:
         UserError: an unknown gate, what the gate's constructor refuses, a model that has inserted gates already or is
-            scripted, or one whose blocks cannot carry the gate.
+            scripted, traced, distributed or offloaded, or one whose blocks cannot carry the gate.
     """
     look_up('gate', gate, (*GATES, 'fa'))
     if any(isinstance(m, InsertedGate | InsertedStage) for m in model.modules()):
         raise UserError('the model has inserted gates already; timm_poolattn.remove(model) takes them out')
-    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
-        raise UserError(f'{type(model).__name__} is scripted, its code is fixed; insert first, then torch.jit.script')
+    _check_open(model)
+    if gate == 'fa' and any(isinstance(m, Stage | StagedNet) for m in model.modules()):
+        raise UserError(f"{type(model).__name__} gets FA when it is built: timm.create_model(name, gate='fa')")
     blocks = [m for m in model.modules() if isinstance(getattr(m, 'drop_path', 0), nn.Module | None)]
+    wrappers = [m for m in blocks if not any('drop_path' in names for names in (vars(m), m._modules, dir(type(m))))]
+    if wrappers and gate == 'fa':
+        raise _refusal(model, f'its blocks are wrapped ({type(wrappers[0]).__name__}), insert FA before that')
+    blocks = [m for m in blocks if m not in wrappers]  # they hand out the drop_path of the block in them
     gate_kwargs = dict(identity_init=identity_init, **gate_kwargs)
     modes = {m: m.training for m in model.modules()}
     if not blocks or not (_insert_fa if gate == 'fa' else _insert_gates)(model, gate, blocks, gate_kwargs):
@@ -133,27 +141,50 @@ def insert(model: nn.Module, gate: str, *, identity_init: bool = True, **gate_kw
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Take the gates of `insert` out again, in place; returns the model."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, InsertedGate):
-                _put(module, name, child.replaced)
-            elif isinstance(child, InsertedStage):
-                for place, block in zip(child.places, child.blocks, strict=True):
-                    setattr(module, place, block.block)
+    """Take the gates of `insert` out again, in place; returns the model.
+
+    Raises:
+        UserError: a model that is scripted, traced, distributed or offloaded, or whose gates are wrapped.
+    """
+    _check_open(model)
+    held = [(m, name, child) for m in model.modules() for name, child in m.named_children()]
+    held = [(m, name, child) for m, name, child in held if isinstance(child, InsertedGate | InsertedStage)]
+    for module, name, child in held:
+        if name not in ('drop_path', *getattr(child, 'places', ())):
+            raise UserError(f'{type(module).__name__} wraps an inserted gate; unwrap it first')
+    for module, name, child in held:
+        if isinstance(child, InsertedGate):
+            _put(module, name, child.replaced)
+        else:
+            for place, block in zip(child.places, child.blocks, strict=True):
+                setattr(module, place, block.block)
     return model
+
+
+def _check_open(model: nn.Module) -> None:
+    """Refuse a model in which modules cannot be exchanged any more, or parameters not added."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule | fx.GraphModule):
+            raise UserError(f'{kind} is scripted or traced, its code is fixed; change the model first, then script it')
+        if any(cls.__name__ in _DISTRIBUTED for cls in type(module).__mro__):
+            raise UserError(f'{kind} shares the parameters that it was given; change the model first, then wrap it')
+        if getattr(getattr(module, '_hf_hook', None), 'offload', False):  # accelerate's
+            raise UserError(f'{kind} is offloaded, its weights are elsewhere; change the model first, then offload it')
 
 
 def _refusal(model: nn.Module, reason: str) -> UserError:
     return UserError(
         f'{type(model).__name__} cannot carry the gate: {reason};'
-        ' resnet, resnetv2, resnext, regnet, convnext and efficientnet can'
+        " timm's resnet, resnetv2, resnext, regnet, convnext and efficientnet can"
     )
 
 
 def _put(block: nn.Module, name: str, child: nn.Module | None) -> None:
     if child is None:
         delattr(block, name)  # a None among the children would stay there; timm's blocks have it as an attribute
+        if hasattr(block, name):  # of the class
+            return
     setattr(block, name, child)
 
 
@@ -276,6 +307,11 @@ def _insert_gates(model: nn.Module, gate: str, blocks: list[nn.Module], gate_kwa
             raise _refusal(model, f'{name} passes its input through drop_path, not the end of a residual branch')
         if any(2 * len(m) > len(s) for m, s in zip(maps, shapes, strict=True)):
             raise _refusal(model, f'{name} uses its drop_path for more than one branch')
+        if hasattr(block, 'reparameterize'):
+            fused = copy.deepcopy(block)
+            fused.reparameterize()
+            if not hasattr(fused, 'drop_path'):
+                raise _refusal(model, f'{name} loses its drop_path, and a gate with it, when it is reparameterized')
     gates = {block: _create(create_gate, block, gate, c, **gate_kwargs) for block, c in channels.items()}
     for block, module in gates.items():  # all are made before one is put in
         block.drop_path = InsertedGate(module, block.drop_path)
@@ -327,7 +363,7 @@ def _insert_fa(model: nn.Module, gate: str, blocks: list[nn.Module], gate_kwargs
             if any(ran[stage] != 1 for _, stage, _ in stages):
                 raise AssertionError('a run is passed by')
             if not p.images.is_meta:
-                torch.testing.assert_close(output, p.output, equal_nan=True)
+                torch.testing.assert_close(_tensors(output), _tensors(p.output), equal_nan=True)
     except Exception as error:
         remove(model)
         raise _refusal(model, 'other parts of it reach into its runs of blocks') from error
@@ -338,6 +374,16 @@ def _insert_fa(model: nn.Module, gate: str, blocks: list[nn.Module], gate_kwargs
         for block, fa in zip(stage.blocks[1:], fas, strict=True):
             block.fa = fa
     return bool(stages)
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    """Those in an output of any structure."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if not isinstance(output, list | tuple | Mapping):
+        output = getattr(output, '__dict__', {})  # a dataclass
+    parts = output.values() if isinstance(output, Mapping) else output
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _runs(calls: list[tuple], places: dict[nn.Module, list[tuple[nn.Module, str]]]) -> list[list[nn.Module]]:
