@@ -1,6 +1,7 @@
 """Using trained models: load by name, classify images, measure accuracy on a data set."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,10 @@ def load_pretrained(name: str) -> nn.Module:
         with hub_errors(place):
             try:
                 model = timm.create_model(name, pretrained=True).eval()
-            except json.JSONDecodeError as e:  # of a repository's config.json; the Hub's own answers are checked before
+            except (
+                json.JSONDecodeError,
+                RecursionError,
+            ) as e:  # of a repository's config.json; the Hub's own answers are checked before
                 raise UserError(f'{name}: its config.json is no JSON ({e}); have it published again') from None
     except (
         RuntimeError,
@@ -66,11 +70,37 @@ def load_pretrained(name: str) -> nn.Module:
             raise
         # timm's, of a folder or repository that says what cannot be
         said = ' '.join(str(e).split())[:300]
+        if not said or isinstance(e, KeyError):  # whose text alone says nothing
+            said = f'{type(e).__name__} {said}'.strip()
         raise UserError(f'{name} cannot be loaded: {said}; `poolattn hub verify {name}` may say more') from e
     for key, weight in model.state_dict().items():
         if not weight.isfinite().all():
             raise UserError(f'{name}: {key} holds NaN or infinity, so that it predicts nothing; take other weights')
+    _check_config(model, name)
     return model
+
+
+def _check_config(model: nn.Module, name: str) -> None:
+    """Refuse what a model's config says of images and classes where it cannot be."""
+    config = resolve_data_config(model=model)
+    try:
+        channels = View.of(config).input_size[0]
+    except (UserError, TypeError) as e:
+        raise UserError(f'{name}: its config.json: {e}') from e
+    for key, least in (('mean', -math.inf), ('std', 0)):
+        values = config[key]
+        if not isinstance(values, list | tuple) or len(values) != channels or not all(map(_is_number, values)):
+            raise UserError(f'{name}: its config.json: {key} is {values!r}, and must be {channels} numbers')
+        if min(values) <= least:
+            raise UserError(f'{name}: its config.json: {key} is {values!r}, and must be over {least}')
+    labels = model.pretrained_cfg.get('label_names')
+    texts = isinstance(labels, list | tuple) and all(isinstance(label, str) for label in labels)
+    if labels is not None and not (texts and len(labels) >= model.num_classes):
+        raise UserError(f'{name}: its config.json: label_names must be {model.num_classes} texts')
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_folder(folder: Path) -> None:
@@ -79,7 +109,7 @@ def _check_folder(folder: Path) -> None:
         raise MissingFileError(f'{path}: no such file; a model is a folder with config.json and model.safetensors')
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f'{path}: is no JSON ({e}); make or download the folder again') from e
     except OSError as e:
         raise UserError(f'{path}: cannot be read ({e.strerror})') from e

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -165,7 +166,36 @@ def test_what_is_no_model(hub, other):
         load_pretrained(f'local-dir:{other}')
 
 
-@pytest.mark.parametrize('text', ['', '{', '{"architecture": "resnet20_sa'])
+@pytest.mark.parametrize(
+    'change, says',
+    [
+        (dict(label_names='abc'), 'label_names must be 10 texts'),
+        (dict(label_names=['cat'] * 9), 'label_names must be 10 texts'),
+        (dict(label_names=list(range(10))), 'label_names must be 10 texts'),
+        (dict(input_size=[3, 0, 32]), r'input_size is .*0.*, and must be channels, height and width'),
+        (dict(input_size=['3', '32', '32']), 'input_size is .*, and must be channels, height and width'),
+        (dict(input_size=[3, 32.5, 32]), 'input_size is .*, and must be channels, height and width'),
+        (dict(input_size=[3, 40000, 40000]), 'images would be resized to 40000x40000; 67,108,864 pixels are the most'),
+        (dict(crop_pct=1e-9), 'images would be resized to 3'),
+        (dict(crop_pct=-1), 'crop_pct is -1, and must be over 0 and at most 1'),
+        (dict(interpolation='evil'), "unknown interpolation 'evil'"),
+        (dict(mean='abc'), "mean is 'abc', and must be 3 numbers"),
+        (dict(mean=[0.5, 0.5]), 'mean is .0.5, 0.5., and must be 3 numbers'),
+        (dict(mean=True), 'mean is True, and must be 3 numbers'),
+        (dict(std=[0, 0, 0]), 'std is .0, 0, 0., and must be over 0'),
+    ],
+    ids=str,
+)
+def test_a_config_of_what_cannot_be(other, change, says):
+    config = json.loads((other / 'config.json').read_text())
+    config |= {k: v for k, v in change.items() if k in config}
+    config['pretrained_cfg'] |= change
+    (other / 'config.json').write_text(json.dumps(config))
+    result = CliRunner().invoke(main, ['predict', 'photo.png', '--model', f'local-dir:{other}'])
+    assert result.exit_code == 2 and re.match(rf'Error: local-dir:{other}: its config.json: {says}', result.output)
+
+
+@pytest.mark.parametrize('text', ['[' * 100_000, '', '{', '{"architecture": "resnet20_sa'])
 def test_an_empty_or_cut_config(hub, other, text):
     (other / 'config.json').write_text(text)
     hub.add('org/x', {p.name: p.read_bytes() for p in other.iterdir() if p.is_file()})

@@ -331,10 +331,23 @@ def test_files_that_are_no_mapping(other, file, text):
     assert not checks[-1].ok and checks[-1].detail.startswith(file)
 
 
-@pytest.mark.parametrize('change', [dict(test=[]), dict(test=dict(top1=101)), dict(parameters='many'), dict(tag=None)])
+@pytest.mark.parametrize(
+    'change',
+    [
+        *(dict(test=[]), dict(test=dict(top1=101)), dict(parameters='many'), dict(tag=None), dict(best_epoch='x')),
+        *(dict(best_top1=None), dict(last_epoch_top1=[]), dict(released_by='me'), dict(seed=0.5), dict(recipe=None)),
+    ],
+    ids=str,
+)
 def test_results(other, change):
     edit(other, 'results.json', **change)
     assert 'results.json' in fails(other, 'header')
+
+
+@pytest.mark.parametrize('gate', [None, 'spem'])
+def test_a_gate_that_is_another(other, gate):
+    edit(other, 'results.json', gate=gate)
+    assert fails(other, 'config') == f"results.json: gate is {gate!r}, and resnet20_saam has 'saam'"
 
 
 @pytest.mark.parametrize('dtype', [torch.int8, torch.bool, torch.complex64, torch.float16, torch.float64])

@@ -48,10 +48,14 @@ class View:
         """Refuse what no image can be brought to.
 
         Raises:
-            UserError: a crop_pct or an interpolation of no use.
+            UserError: one of them.
         """
+        if len(self.input_size) != 3 or not all(type(n) is int and n > 0 for n in self.input_size):
+            raise UserError(f'input_size is {self.input_size}, and must be channels, height and width')
         if not (isinstance(self.crop_pct, int | float) and 0 < self.crop_pct <= 1):
             raise UserError(f'crop_pct is {self.crop_pct!r}, and must be over 0 and at most 1')
+        if (side := max(self.input_size[1:]) / self.crop_pct) ** 2 > MAX_PIXELS:
+            raise UserError(f'images would be resized to {side:.0f}x{side:.0f}; {MAX_PIXELS:,} pixels are the most')
         look_up('interpolation', str(self.interpolation), INTERPOLATIONS)
 
     @classmethod

@@ -52,6 +52,11 @@ _RESULTS = dict(
     model=str, tag=str, parameters=int, multiply_adds=int, weights=dict, checkpoint=dict, test=dict, epochs=int,
     arguments=dict, options=dict, versions=dict, hardware=str, curve=list,
 )  # fmt: skip
+#: What they read of it where it is there.
+_OPTIONAL = dict(
+    released_by=dict, last_epoch_top1=int | float, best_top1=int | float, best_epoch=int, recipe=str, warm_start=str,
+    seed=int, wall_time_s=int | float, resumed=list, onnx=dict,
+)  # fmt: skip
 #: The file that each check is about.
 _FILES = (
     dict(header='model.safetensors', config='config.json', card='README.md')
@@ -241,7 +246,7 @@ class _Release:
     @cached_property
     def results(self) -> dict[str, Any]:
         results = _read_json(self.folder / 'results.json')
-        for key, kind in _RESULTS.items():
+        for key, kind in (_RESULTS | {k: kind for k, kind in _OPTIONAL.items() if k in results}).items():
             if not isinstance(results.get(key), kind) or isinstance(results[key], bool):
                 raise UserError(f'results.json: {key} is {results.get(key)!r}')
         test = results['test']
@@ -306,6 +311,8 @@ class _Release:
             if value not in known or type(value) is not type(known[0]):
                 raise UserError(f'config.json: {key} is {value!r}, not {" or ".join(map(repr, known))}')
         model = self.model('meta')
+        if self.results.get('gate') != model.gate:
+            raise UserError(f'results.json: gate is {self.results.get("gate")!r}, and {arch} has {model.gate!r}')
         plain = timm.create_model(arch, device='meta').pretrained_cfg
         for key in ('first_conv', 'classifier'):
             if cfg.get(key) != plain.get(key):
