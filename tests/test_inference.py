@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from timm_poolattn.inference import calibration_error, model_input
+from timm_poolattn.inference import calibration_error, model_input, view_of
 from timm_poolattn.utils import UserError
 
 
@@ -19,6 +19,16 @@ def test_model_input_is_timms(in_chans):
     torch.testing.assert_close(model_input(model, image), wanted[None], rtol=0, atol=1e-6)
     grey = image.convert('L')
     assert model_input(model, grey).shape == (1, in_chans, 32, 32)
+
+
+def test_a_size_for_tests_is_taken():
+    """As timm's validate.py does: most of timm's ImageNet weights have one."""
+    cfg = dict(test_input_size=(3, 40, 40), test_crop_pct=1.0, crop_pct=0.9)
+    model = timm.create_model('resnet20', pretrained_cfg_overlay=cfg)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8))
+    wanted = create_transform(**resolve_data_config(model=model, use_test_size=True))(image)
+    assert wanted.shape == (3, 40, 40) and view_of(model).crop_pct == 1
+    torch.testing.assert_close(model_input(model, image), wanted[None], rtol=0, atol=1e-6)
 
 
 def test_model_input_names_what_it_refuses():

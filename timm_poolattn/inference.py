@@ -82,7 +82,7 @@ def load_pretrained(name: str) -> nn.Module:
 
 def _check_config(model: nn.Module, name: str) -> None:
     """Refuse what a model's config says of images and classes where it cannot be."""
-    config = resolve_data_config(model=model)
+    config = evaluation_config(model)
     try:
         channels = View.of(config).input_size[0]
     except (UserError, TypeError) as e:
@@ -117,9 +117,14 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f'{path}: names no "architecture"; make or download the folder again')
 
 
+def evaluation_config(model: nn.Module) -> dict[str, Any]:
+    """Return how `model` is given images, in timm's names: with its size for tests, where it has one."""
+    return resolve_data_config(model=model, use_test_size=True)  # as timm's validate.py
+
+
 def view_of(model: nn.Module) -> View:
-    """How images are brought to the size of `model`."""
-    return View.of(resolve_data_config(model=model))
+    """Return how images are brought to the size of `model`."""
+    return View.of(evaluation_config(model))
 
 
 def model_input(model: nn.Module, image: Image.Image, name: str = 'image') -> torch.Tensor:
@@ -128,7 +133,7 @@ def model_input(model: nn.Module, image: Image.Image, name: str = 'image') -> to
     Raises:
         UserError: as `View`; the message has `name`.
     """
-    config = resolve_data_config(model=model)
+    config = evaluation_config(model)
     pixels = torch.from_numpy(View.of(config)(image, name)).permute(2, 0, 1)
     mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ('mean', 'std'))
     return pixels.float().div(255).sub(mean).div(std).unsqueeze(0)
@@ -210,7 +215,7 @@ def evaluation_loader(
     Raises:
         UserError: the data were read for a model of another size.
     """
-    config = resolve_data_config(model=model)
+    config = evaluation_config(model)
     facts = {k: config[k] for k in ('mean', 'std')}
     dataset = ResidentDataset(data.seen_by(View.of(config)))
     return ResidentLoader(dataset, config['input_size'], batch_size, is_training=False, device=device, **facts)

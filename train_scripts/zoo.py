@@ -39,14 +39,13 @@ import click
 import timm
 import torch
 import yaml
-from tqdm import tqdm
 
 import timm_poolattn  # noqa: F401  registers the models
 from timm_poolattn.data import load_images
 from timm_poolattn.models import check_model_name
 from timm_poolattn.report.results import RESULTS_DIR, load_results
 from timm_poolattn.training import newest_checkpoint, read_curve, recipes
-from timm_poolattn.utils import UserError, hub_configs_dir, look_up, replacing, write_text
+from timm_poolattn.utils import UserError, hub_configs_dir, look_up, progress, replacing, write_text
 
 HERE = Path(__file__).parent
 
@@ -135,7 +134,7 @@ def make_plan(todo: list[Run], data_root: Path, device: str, jobs: int | None) -
     torch.set_num_threads(1)  # a run on the CPU has one
     measured = {
         model: seconds_per_image(model, device)
-        for model in tqdm(dict.fromkeys(run.model for run in todo), desc='measuring', unit='model')
+        for model in progress(dict.fromkeys(run.model for run in todo), desc='measuring', unit='model')
     }
     images = {data: len(load_images(data_root / data, 'train')) for data in {run.data for run in todo}}
     seconds = [(r.epochs - r.epochs_done) * images[r.data] * measured[r.model][0] for r in todo]
@@ -212,7 +211,7 @@ def keep_better(new: Path, hub_configs: Path) -> Path:
 def train_all(todo: list[Run], data_root: Path, device: str, jobs: int, deadline: float) -> tuple[int, list[str]]:
     """Train and release until nothing is left or the deadline has come; returns how many, and what failed."""
     waiting, running, failed, finished = list(todo), [], [], 0
-    bar = tqdm(total=sum(run.epochs for run in todo), unit='epoch', smoothing=0)
+    bar = progress(total=sum(run.epochs for run in todo), unit='epoch', smoothing=0)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -229,10 +228,10 @@ def train_all(todo: list[Run], data_root: Path, device: str, jobs: int, deadline
                 job.close()
                 if code:
                     failed.append(f'{job.run.folder.name}: exit code {code}, see {job.run.folder / "log.txt"}')
-                    tqdm.write(failed[-1])
+                    bar.write(failed[-1])
                     continue
                 release = job.run.folder / 'release' / f'{job.run.model}.{job.run.data}'
-                tqdm.write(f'{job.run.folder.name} -> {keep_better(release, hub_configs_dir())}')
+                bar.write(f'{job.run.folder.name} -> {keep_better(release, hub_configs_dir())}')
                 finished += 1
             bar.n = sum(run.epochs_done for run in todo)
             bar.set_description(', '.join(job.run.model for job in running))

@@ -155,7 +155,7 @@ def test_spem_parameters(kwargs, parameters):
     'make, message',
     [
         (lambda: SPEM(8, fixed_lambda=1.5), r'fixed_lambda=1.5 must lie in \[0, 1\]'),
-        (lambda: SPEM(8, reweight='h'), "unknown reweight='h'; choose from sum"),
+        (lambda: SPEM(8, reweight='h'), "unknown reweight 'h'; choose from sum"),
         (lambda: SAAM(8, kernel_size=4), 'kernel_size=4 must be odd'),
         (lambda: SAAM(8, paths=0), 'paths=0 must be at least 1'),
         (lambda: create_gate('sge', 12), 'groups=8 must divide channels=12'),

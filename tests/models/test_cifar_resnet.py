@@ -40,7 +40,7 @@ def test_flavours(flavour, block):
             dict(depth=165, block='bottleneck'),
             r'depth=165 must be 9n\+2 with bottleneck blocks; nearest are 164 and 173',
         ),
-        (dict(gate='foo'), "unknown gate of CifarResNet 'foo'; choose from se,"),
+        (dict(gate='foo'), "unknown gate 'foo'; choose from se,.*; or None, for CifarResNet"),
         (dict(gate_kwargs=dict(rd_ratio=1 / 8)), 'are of a channel gate, and gate=None is none'),
         (dict(gate='fa', gate_kwargs=dict(rd_ratio=1 / 8)), "are of a channel gate, and gate='fa' is none"),
         (dict(gate='se', gate_kwargs=dict(rd_ratio=1 / 32)), 'SEModule: .* leaves no hidden channel of 16; 1/16 does'),

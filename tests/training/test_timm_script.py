@@ -1,9 +1,11 @@
 import hashlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
 import timm
+import yaml
 
 from timm_poolattn.training import find_train_script, timm_script
 from timm_poolattn.training.timm_script import load_train_script
@@ -47,6 +49,11 @@ def server(monkeypatch):
 def pinned(monkeypatch):
     monkeypatch.setattr(timm_script, 'TAGS', {timm.__version__: 'v0'})
     monkeypatch.setattr(timm_script, 'PINNED', {'v0': hashlib.sha256(SCRIPT).hexdigest()})
+
+
+def test_every_pinned_script_is_tested():
+    workflow = yaml.safe_load((Path(__file__).parents[2] / '.github' / 'workflows' / 'tests.yml').read_text())
+    assert workflow['jobs']['tests']['strategy']['matrix']['train-script'] == list(timm_script.PINNED)
 
 
 def test_order(tmp_path, monkeypatch):

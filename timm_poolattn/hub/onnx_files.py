@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from torch import nn
 
 from ..data import ImageData
 from ..export import TOLERANCE, export
-from ..inference import class_names, evaluate
+from ..inference import class_names, evaluate, evaluation_config
 from ..utils import UserError, require
 
 #: float32, and weights and activations in 8 bits.
@@ -38,7 +37,7 @@ class OnnxModel(nn.Module):
 
 def description(model: nn.Module) -> dict[str, str]:
     """The metadata of both files: what a program needs to feed an image and to name the answer, as JSON."""
-    config = resolve_data_config(model=model)
+    config = evaluation_config(model)
     facts = dict(labels=class_names(model), mean=config['mean'], std=config['std'], size=config['input_size'])
     return {key: json.dumps(value) for key, value in facts.items()}
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..utils import UserError
+from ..utils import UserError, look_up
 from .arguments import check_channels
 from .max_min_pool import max_min_pool
 
@@ -60,8 +60,7 @@ class SPEM(nn.Module):
     ) -> None:
         if fixed_lambda is not None and not 0.0 <= fixed_lambda <= 1.0:
             raise UserError(f'SPEM: fixed_lambda={fixed_lambda} must lie in [0, 1]; None learns it')
-        if reweight not in REWEIGHT_FORMS:
-            raise UserError(f'SPEM: unknown reweight={reweight!r}; choose from {", ".join(REWEIGHT_FORMS)}')
+        look_up('reweight', reweight, REWEIGHT_FORMS)
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.channels = channels

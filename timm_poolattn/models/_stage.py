@@ -28,7 +28,7 @@ def split_gate(
         UserError: a gate that the model cannot carry, or keyword arguments that no channel gate would take.
     """
     if gate is not None:
-        look_up(f'gate of {model}', gate, carried, 'or None')
+        look_up('gate', gate, carried, f'or None, for {model}')
     channel_gate = {'fa': None, 'fase': 'se'}.get(gate, gate)
     if gate_kwargs and channel_gate is None:
         raise UserError(f'{model}: gate_kwargs={gate_kwargs} are of a channel gate, and gate={gate!r} is none')
