@@ -14,6 +14,7 @@ from PIL import Image
 from timm_poolattn.cli import main
 
 MODEL, UNTRAINED = 'resnet20_saam', 'resnet326_srm'
+LONG = 'x' * 300  # which no disk has, and asking for it is an OSError, as where a user may not look
 TRAIN = f'train --model {MODEL} --epochs 1'
 
 MISTAKES = {
@@ -115,6 +116,27 @@ MISTAKES = {
         'report -o out.html --benchmark folder',
         'bench loader --data-dir broken.tar',
         'bench skip --model resnet20_fa --data-dir broken.tar',
+    ],
+    'path that cannot be': [
+        f'predict {LONG}',
+        f'predict photo.png --model local-dir:{LONG}',
+        f'validate --model {MODEL} --data-dir {LONG}',
+        f'{TRAIN} --data-dir pets --resume {LONG}',
+        f'{TRAIN} --data-dir pets --initial-checkpoint {LONG}',
+        f'{TRAIN} --data-dir pets --config {LONG}',
+        f'{TRAIN} --data-dir pets --timm-script {LONG}',
+        f'{TRAIN} --data-dir pets --num-classes 2 --output {LONG}',
+        f'finetune {LONG}',
+        f'warm-start {LONG}.safetensors {MODEL} -o out.safetensors',
+        f'warm-start {MODEL} resnet32_saam -o {LONG}.safetensors',
+        f'export {MODEL} {LONG} --format pt2',
+        f'explain photo.png --model {MODEL} -o {LONG}',
+        f'run {LONG}',
+        f'hub release {LONG} --tag t',
+        f'hub verify ./{LONG}',
+        f'plot curves {LONG} -o out.png',
+        f'plot curves run -o {LONG}.png',
+        f'report -o {LONG}.html',
     ],
     'unwritable output': [
         f'export {MODEL} photo.png/out.pt2 --format pt2',

@@ -53,6 +53,7 @@ def refused(train_script, data, output, *options, match, kind=UserError, **kwarg
         (['--epochs', 0], '--epochs is 0, and must be at least 1'),
         (['-b', -4], '--batch-size is -4, and must be at least 1'),
         (['--input-size', 3, 0, 0], '--input-size is 0, and must be at least 1'),
+        (['--img-size', 40_000], 'images would be resized to 40000x40000; 67,108,864 pixels are the most'),
         (['--in-chans', 1, '--input-size', 3, 32, 32], '--in-chans 1 and --input-size of 3 channels: give one'),
         (['--in-chans', 4], 'images are read as 1 .grey. or 3'),
         (['--gp', ''], '--model resnet20_spem.cifar10 with these arguments cannot be: RuntimeError: mat1 and mat2'),

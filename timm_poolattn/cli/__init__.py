@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from ..utils import UserError, look_up
+from ..utils import REFUSED, UserError, look_up
 from ..version import __version__
 from . import bench, hub, models, plot, report, training
 
@@ -45,6 +45,10 @@ class Poolattn(click.Group):
             raise OneLineError(
                 f'{e.format_message()} `{e.ctx.command_path if e.ctx else "poolattn"} -h` says more'
             ) from e
+        except OSError as e:  # of a path that is not looked at by `replacing` or a reader of ours
+            if e.filename is None or e.errno not in REFUSED:
+                raise
+            raise OneLineError(f'{e.filename}: {e.strerror}; name a place that you may read and write') from e
         except KeyboardInterrupt as e:
             click.echo(str(e) or 'interrupted', err=True)
             sys.exit(130)  # a shell's code for it

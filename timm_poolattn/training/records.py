@@ -31,13 +31,13 @@ def new_folder(output: Path, name: str) -> Path:
     start = f'{datetime.now():%Y%m%d-%H%M%S}-{name}'
     try:
         output.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 1000):
+            folder = output / (start if number == 1 else f'{start}-{number}')
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
     except OSError as e:
-        raise UserError(f'{output}: cannot be made ({e.strerror}); --output names another') from e
-    for number in range(1, 1000):
-        folder = output / (start if number == 1 else f'{start}-{number}')
-        with suppress(FileExistsError):
-            folder.mkdir()
-            return folder
+        raise UserError(f'{output}: cannot be written to ({e.strerror}); --output names another') from e
     raise UserError(f'{output}: a thousand runs started in it in this second; name this one by --experiment')
 
 

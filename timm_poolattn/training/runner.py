@@ -80,6 +80,7 @@ def train(
     parsed = parse_arguments(module, argv, recipe)
     args = parsed.args
     check_arguments(args)
+    _view(args, training=True)  # raises where no image can be brought to it
     if not 0 <= penalty_weight < math.inf:
         raise UserError(f'--penalty-weight is {penalty_weight}, and must be at least 0')
     rank = int(os.environ.get('RANK', 0))

@@ -18,7 +18,7 @@ except ModuleNotFoundError:  # Windows, where a killed run's leftovers stay unti
     fcntl = None
 
 #: What the disk or its owner refuses, by errno.
-_REFUSED = (
+REFUSED = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOTEMPTY),
     *(errno.ELOOP, errno.EIO, errno.EBUSY),
@@ -121,7 +121,7 @@ def _refusals(path: Path, *more: int) -> Iterator[None]:
         # safetensors' and torch's writers keep the error number, or its words, in the message alone
         code = re.search(r'os error (\d+)', str(e))
         number = int(code[1]) if code else getattr(e, 'errno', None)
-        known = number in (*_REFUSED, *more) or 'No space left' in str(e)
+        known = number in (*REFUSED, *more) or 'No space left' in str(e)
         full = isinstance(e, RuntimeError) and _free(path) < 2**20
         if not known and not full:
             raise
