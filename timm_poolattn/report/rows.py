@@ -15,6 +15,7 @@ from ..bench.backbones import plain_args
 from ..papers import DATASETS, model_args, table_rows
 from ..training import recipes
 from .counts import look_up_count
+from .results import released_results
 
 _PAPERS = dict(spem='SPEM', saam='SAAM', fa='FA')
 #: ImageNet-5 is the FA paper's, Sec. V, and no model's tag.
@@ -72,7 +73,8 @@ def measured_runs(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> li
 
     Returns:
         For each `top1`, `spread` (standard deviation over the seeds; None for one), `seeds`, `epochs`, `recipe`,
-        `selected` (the best epoch's weights), `hardware`, `minutes`, `model`, and `gain`: how far it is above the
+        `selected` (the best epoch's weights), `hardware`, `minutes`, `model`, `is_released` (its model card is that of
+        one of these runs), and `gain`: how far it is above the
         backbone without its gates, trained alike; `difference`, `error` (its standard error; None for one seed), and
         `plain_seeds`. None where that was not run.
     """
@@ -86,6 +88,7 @@ def measured_runs(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> li
     measured = []
     for (training, _), runs in groups.items():
         first = runs[0]
+        model = f'{first["model"]}.{first["tag"]}'
         entry = dict(
             **_top1(runs),
             epochs=first['epochs'],
@@ -93,7 +96,8 @@ def measured_runs(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> li
             selected=first.get('checkpoint', {}).get('which') == 'best',
             hardware=first['hardware'],
             minutes=round(statistics.mean(r['wall_time_s'] for r in runs) / 60),
-            model=f'{first["model"]}.{first["tag"]}',
+            model=model,
+            is_released=released_results().get(model) in runs,
             gain=None,
         )
         if plain[training]:
