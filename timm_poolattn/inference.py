@@ -22,7 +22,7 @@ from .utils import MissingFileError, UserError, progress
 
 
 def load_untrained(name: str) -> nn.Module:
-    """timm.create_model(name) in evaluation mode.
+    """Build timm.create_model(name) in evaluation mode.
 
     Raises:
         UserError: no such model (the message names the nearest), or a folder or repository.
@@ -33,7 +33,7 @@ def load_untrained(name: str) -> nn.Module:
 
 
 def load_pretrained(name: str) -> nn.Module:
-    """timm.create_model(name, pretrained=True) in evaluation mode.
+    """Build timm.create_model(name, pretrained=True) in evaluation mode.
 
     Raises:
         UserError: no such model (the message names the nearest), one without weights (it names those with), a folder
@@ -159,7 +159,7 @@ def load_data(
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """The names of a model's classes, or their numbers where its config has none."""
+    """Return the names of a model's classes, or their numbers where its config has none."""
     return list(model.pretrained_cfg.get('label_names') or map(str, range(model.num_classes)))
 
 
@@ -210,7 +210,7 @@ def _finite(output: torch.Tensor) -> torch.Tensor:
 def evaluation_loader(
     model: nn.Module, data: ImageData, batch_size: int = 500, device: torch.device | str = 'cpu'
 ) -> ResidentLoader:
-    """Batches of `data` as `model` sees them, in order: what `evaluate` measures.
+    """Return batches of `data` as `model` sees them, in order: what `evaluate` measures.
 
     Raises:
         UserError: the data were read for a model of another size.

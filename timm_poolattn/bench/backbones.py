@@ -8,7 +8,7 @@ from ..layers import GATES
 
 
 def plain_name(name: str) -> str | None:
-    """The registered backbone of a gated model without its gate, or None for a model without one."""
+    """Return the registered backbone of a gated model without its gate, or None for a model without one."""
     arch, _, tag = name.partition('.')
     plain, _, gate = arch.rpartition('_')
     if gate not in (*GATES, 'fa', 'fase'):

@@ -18,7 +18,7 @@ print(json.dumps([middle - start, time.perf_counter() - middle]))
 
 
 def bench_import(runs: int = 5) -> dict[str, float]:
-    """What `import timm_poolattn` adds to `import timm`, in `runs` fresh processes.
+    """Measure what `import timm_poolattn` adds to `import timm`, in `runs` fresh processes.
 
     Returns:
         Medians `timm_ms` and `timm_poolattn_ms`, and the median `ratio` of the second to the first.

@@ -15,7 +15,7 @@ LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channel
 
 
 def describe_machine(device: torch.device | str) -> dict[str, Any]:
-    """The machine, its threads, the versions and the date, for the head of a result."""
+    """Describe the machine, its threads, the versions and the date, for the head of a result."""
     on_cuda = torch.device(device).type == 'cuda'
     return dict(
         machine=torch.cuda.get_device_name(device) if on_cuda else f'{os.cpu_count()} CPU cores ({platform.machine()})',

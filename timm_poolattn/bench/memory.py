@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device | str = 'cpu') -> int:
-    """The most that `run` holds at once in tensors, beyond what was allocated before, as the allocator counts it."""
+    """Measure the most that `run` holds at once in tensors beyond what was there before, as the allocator counts it."""
     if torch.device(device).type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -54,7 +54,7 @@ class _BytesMoved(TorchDispatchMode):
 
 
 def bytes_moved(run: Callable[[], Any]) -> int:
-    """What the operations of an eager `run` read and write, in bytes."""
+    """Count what the operations of an eager `run` read and write, in bytes."""
     with _BytesMoved() as moved:
         run()
     return moved.total

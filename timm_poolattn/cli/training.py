@@ -14,7 +14,7 @@ _TIMM_ARGS = dict(ignore_unknown_options=True, allow_extra_args=True, allow_inte
 
 
 def train_options(command: Callable) -> Callable:
-    """What `train` and `finetune` share: options of ours, and any argument of timm's train.py."""
+    """Add what `train` and `finetune` share: options of ours, and any argument of timm's train.py."""
     for option in (
         click.option(
             '--timm-script', type=click.Path(), help="timm's train.py. Default: $TIMM_TRAIN_SCRIPT, or found."

@@ -77,7 +77,7 @@ class View:
         return self._transform(to_channels(image, self.input_size[0], name)).permute(1, 2, 0).numpy()
 
     def pixels(self, image: Image.Image) -> float:
-        """The most pixels that bringing `image` to size holds: its own, or those of all that it is resized to."""
+        """Return the most pixels that bringing `image` to size holds: its own, or those of what it is resized to."""
         side = max(self.input_size[1:]) / self.crop_pct
         longer = max(image.size) / min(image.size) if self.crop_mode == 'center' else 1
         return max(image.width * image.height, side**2 * longer)

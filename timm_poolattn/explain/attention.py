@@ -81,7 +81,7 @@ _READERS: dict[type[nn.Module], tuple[str, Callable[..., dict[str, torch.Tensor]
 
 
 def find_gates(model: nn.Module) -> dict[str, nn.Module]:
-    """The gates of `model` by module name, without those inside another gate."""
+    """Return the gates of `model` by module name, without those inside another gate."""
     gates: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, tuple(_READERS)) and not any(name.startswith(f'{outer}.') for outer in gates):
@@ -118,7 +118,7 @@ def _skip_threshold(model: nn.Module, name: str) -> tuple[float, bool]:
 
 
 def attention_trace(model: nn.Module, x: torch.Tensor) -> dict[str, dict[str, Any]]:
-    """What each gate did to a batch, in evaluation mode. The model is left as it was, also after an error.
+    """Trace what each gate did to a batch, in evaluation mode. The model is left as it was, also after an error.
 
     Args:
         model: a network with gates of this package, its own or put there by `insert`, or with timm's SE, ECA or CBAM.

@@ -33,7 +33,7 @@ _RAISED, _LOWERED, _STAGE, _INK = '#c2410c', '#1d4ed8', '#94a3b8', '#334155'
 
 
 def grad_cam(model: nn.Module, x: torch.Tensor, classes: Sequence[int]) -> np.ndarray:
-    """Grad-CAM of the network's last feature map of at least 3x3, by captum. The model is left as it was.
+    """Compute Grad-CAM of the network's last feature map of at least 3x3, by captum. The model is left as it was.
 
     Args:
         model: a timm CNN.
@@ -127,7 +127,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def check_suffix(path: str | Path) -> Path:
-    """The path of a figure.
+    """Return the path of a figure.
 
     Raises:
         UserError: a suffix that no figure has.
@@ -156,7 +156,7 @@ def save(figure: Figure, path: str | Path, **kwargs) -> Path:
 
 
 def plain_text(text: str, length: int = 60) -> str:
-    """`text` for matplotlib to print as it is, on one line: no formula, and cut in the middle beyond `length`."""
+    """Return `text` for matplotlib to print as it is, on one line: no formula, cut in the middle beyond `length`."""
     text = ' '.join(text.split())
     if len(text) > length:
         text = f'{text[: (length - 1) // 2]}…{text[-(length // 2) :]}'
@@ -193,7 +193,7 @@ class Account:
 
 
 def accounts(models: dict[str, nn.Module], image: Image.Image, title: str) -> Iterator[Account]:
-    """What each model makes of `image`, one after the other.
+    """Yield what each model makes of `image`, one after the other.
 
     Args:
         models: by the name to print.
@@ -228,7 +228,7 @@ def accounts(models: dict[str, nn.Module], image: Image.Image, title: str) -> It
 
 
 def explain_figure(models: dict[str, nn.Module], image: Image.Image, title: str = '') -> Figure:
-    """The figure of `explain` for one image: all that one model did, or of several a row each.
+    """Draw the figure of `explain` for one image: all that one model did, or of several a row each.
 
     Args:
         models: by the name to print.
@@ -376,7 +376,7 @@ def _show(ax: Axes, pixels: np.ndarray, **kwargs) -> None:
 
 
 def overlay(ax: Axes, grey: np.ndarray, heat: np.ndarray, **kwargs) -> None:
-    """A heat map over the grey image; it may have fewer pixels."""
+    """Draw a heat map over the grey image; it may have fewer pixels."""
     h, w = grey.shape
     _show(ax, grey, cmap='gray', extent=(0, w, h, 0))
     ax.imshow(heat, cmap='inferno', alpha=0.65, extent=(0, w, h, 0), **kwargs)
@@ -416,12 +416,12 @@ def _cams(figure: SubFigure, account: Account, caption: str, length: int, y: flo
 
 
 def lambdas(trace: Trace) -> tuple[list[str], list[float]]:
-    """The labels of SPEM's blocks, and lambda of each."""
+    """Return the labels of SPEM's blocks, and lambda of each."""
     return [block_label(n) for n in trace], [float(t['pool_lambda'][0]) for t in trace.values()]
 
 
 def lambda_axes(ax: Axes, labels: Sequence[str], values: Sequence[float]) -> None:
-    """SPEM's lambda over depth.
+    """Draw SPEM's lambda over depth.
 
     Args:
         ax: to draw into.
@@ -516,7 +516,7 @@ def _map(ax: Axes, grey: np.ndarray, value: np.ndarray, title: str) -> None:
 
 
 def peak_over_mean(value: np.ndarray) -> float:
-    """1 for a map that is the same everywhere."""
+    """Return 1 for a map that is the same everywhere."""
     return float(np.nanmax(value) / np.nanmean(value))
 
 

@@ -38,7 +38,7 @@ GATE_NOTES['fase'] = f'{GATE_NOTES["fa"][:-1]}; inside the blocks, SE scales the
 
 
 def eval_result(results: dict[str, Any]) -> EvalResultEntry:
-    """The top-1 accuracy of a release as the Hub's `.eval_results/*.yaml` has it."""
+    """Return the top-1 accuracy of a release as the Hub's `.eval_results/*.yaml` has it."""
     return EvalResultEntry(
         dataset_id=DATASETS[results['tag']]['hub_id'],
         task_id='default',
@@ -76,7 +76,7 @@ def _flags(options: dict[str, Any]) -> str:
 
 
 def metadata(results: dict[str, Any]) -> ModelCardData:
-    """What the Hub reads of a card: the block at its top."""
+    """Return what the Hub reads of a card: the block at its top."""
     tag = results['tag']
     facts = DATASETS.get(tag, dict(title=tag, hub_id=tag))  # one's own data have no id on the Hub
     return ModelCardData(
@@ -101,7 +101,7 @@ def metadata(results: dict[str, Any]) -> ModelCardData:
 
 
 def figures(results: dict[str, Any]) -> str:
-    """The row of a card's table."""
+    """Return the row of a card's table."""
     test, paper = results['test'], paper_top1(results['model'], results['tag'])
     cells = [f'{test["top1"]:.2f}', f'{paper:.2f}' if paper else '', f'{test["top5"]:.2f}', f'{test["loss"]:.4f}']
     cells += [f'{test["ece"]:.2f}', f'{results["parameters"]:,}', f'{results["multiply_adds"]:,}']
@@ -109,7 +109,7 @@ def figures(results: dict[str, Any]) -> str:
 
 
 def model_card(results: dict[str, Any]) -> ModelCard:
-    """The model card of a release, from its results.json alone."""
+    """Write the model card of a release, from its results.json alone."""
     gate, tag = results['gate'], results['tag']
     ours = tag in DATASETS or HUB_ORG in os.environ
     environment = jinja2.Environment(

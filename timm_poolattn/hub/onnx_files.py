@@ -36,7 +36,7 @@ class OnnxModel(nn.Module):
 
 
 def description(model: nn.Module) -> dict[str, str]:
-    """The metadata of both files: what a program needs to feed an image and to name the answer, as JSON."""
+    """Return the metadata of both files: what a program needs to feed an image and to name the answer, as JSON."""
     config = evaluation_config(model)
     facts = dict(labels=class_names(model), mean=config['mean'], std=config['std'], size=config['input_size'])
     return {key: json.dumps(value) for key, value in facts.items()}

@@ -158,7 +158,7 @@ def _compare(run_dir: Path, test: dict[str, float], row: dict[str, float] | None
 
 
 def write_texts(folder: Path, results: dict[str, Any]) -> None:
-    """The card and, for the papers' data sets, the Hub's evaluation result, from results.json alone."""
+    """Write the card and, for the papers' data sets, the Hub's evaluation result, from results.json alone."""
     write_text(folder / 'README.md', str(model_card(results)))
     if results['tag'] in DATASETS:
         entries = yaml.safe_dump(eval_result_entries_to_yaml([eval_result(results)]), sort_keys=False)

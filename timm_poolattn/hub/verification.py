@@ -81,7 +81,7 @@ class Check(NamedTuple):
 
 
 def resolve(target: str | Path) -> Path:
-    """The release folder that `target` names: `<arch>.<tag>`, `<arch>`, or a folder.
+    """Return the release folder that `target` names: `<arch>.<tag>`, `<arch>`, or a folder.
 
     Raises:
         UserError: neither.
@@ -170,7 +170,7 @@ def download(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> Ch
 def verify_folder(
     folder: Path, *, data_dir: str | Path | None = None, dataset: str = '', split: str = 'test'
 ) -> list[Check]:
-    """`verify` for a folder."""
+    """Do as `verify`, for a folder."""
     release = _Release(folder)
     functions: dict[str, Callable[[], str]] = {
         name: getattr(release, name)
@@ -413,7 +413,7 @@ class _Release:
         return f'sha256 {whole[:12]}, as in results.json'
 
     def card(self) -> str:
-        """What the card and the Hub's evaluation result say, beside results.json."""
+        """Check what the card and the Hub's evaluation result say against results.json."""
         try:
             model_card(self.results)
         except Exception as e:  # whatever the template misses

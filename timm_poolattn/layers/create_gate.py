@@ -38,7 +38,7 @@ GATES = {
 
 
 def create_gate(name: str, channels: int, *, identity_init: bool = False, **kwargs) -> nn.Module:
-    """The gate `name` for `channels` channels, by timm's create_attn.
+    """Build the gate `name` for `channels` channels, by timm's create_attn.
 
     Args:
         name: one of `GATES`.

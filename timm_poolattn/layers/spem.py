@@ -91,11 +91,11 @@ class SPEM(nn.Module):
 
     @torch.jit.ignore
     def penalty(self) -> torch.Tensor:
-        """p0^2 + p1^2 of Eq. 8, a scalar without its eta; zero where lambda is fixed."""
+        """Return p0^2 + p1^2 of Eq. 8, a scalar without its eta; zero where lambda is fixed."""
         return self.beta_exc.new_zeros(()) if self.p is None else self.p.square().sum()
 
     def pool_lambda(self) -> torch.Tensor:
-        """lambda of Eq. 3, a scalar: the weight of max pooling, in [0, 1]."""
+        """Return lambda of Eq. 3, a scalar: the weight of max pooling, in [0, 1]."""
         if self.p is None:
             return self.beta_exc.new_full((), self.fixed_lambda)
         p2 = self.p.square()

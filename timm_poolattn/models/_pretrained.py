@@ -26,7 +26,7 @@ from ..utils import HUB_ORG, UserError
 
 
 def hub_org() -> str:
-    """The Hub organisation whose `<arch>.<tag>` repositories are ours. Default: timm-poolattn."""
+    """Return the Hub organisation whose `<arch>.<tag>` repositories are ours. Default: timm-poolattn."""
     return os.environ.get(HUB_ORG, 'timm-poolattn')
 
 
@@ -56,7 +56,7 @@ def hub_errors(repo_id: str, endpoint: str | None = None) -> Iterator[None]:
 
 
 def redact(text: str) -> str:
-    """`text` without the token, which a server may send back."""
+    """Return `text` without the token, which a server may send back."""
     token = get_token()
     return text.replace(token, '***') if token else text
 
@@ -109,7 +109,7 @@ def _explain(error: BaseException, repo_id: str, endpoint: str) -> str:
 
 
 def data_sha256(path: str | Path) -> str:
-    """SHA-256 of what follows the header in a safetensors file: the tensors, which its metadata can speak of."""
+    """Hash what follows the header in a safetensors file by SHA-256: the tensors. Its metadata can hold the hash."""
     with open(path, 'rb') as f:
         f.seek(8 + int.from_bytes(f.read(8), 'little'))
         return hashlib.sha256(f.read()).hexdigest()

@@ -27,7 +27,7 @@ def data_config(tag: str) -> dict[str, Any]:
 
 
 def release_args(name: str) -> dict[str, Any]:
-    """The arguments that a released model was built with besides its name's, from its release folder's config.json."""
+    """Read the arguments besides its name's that a release was built with, from its folder's config.json."""
     folder = released().get(name)
     if folder is None:
         return {}
@@ -36,7 +36,7 @@ def release_args(name: str) -> dict[str, Any]:
 
 
 def read_default_cfgs(archs: Iterable[str], pool_size: Callable[[int], int], **cfg) -> dict[str, Any]:
-    """timm's default_cfgs for `archs`: a tag for each of `DATASETS`, and for each release folder of another tag.
+    """Build timm's default_cfgs for `archs`: a tag for each of `DATASETS`, and for each release folder of another tag.
 
     Each is overlaid by its release folder if any.
 
@@ -71,7 +71,7 @@ def read_default_cfgs(archs: Iterable[str], pool_size: Callable[[int], int], **c
 
 
 def no_weights(name: str) -> UserError:
-    """The error for a model, tagged or not, that is not trained yet. It names what is: other tags, then near models."""
+    """Return the error for a model, tagged or not, without weights. It names what has them: other tags, near models."""
     arch, _, tag = name.partition('.')
     _, _, gate = arch.partition('_')
 

@@ -121,7 +121,7 @@ class Stage(nn.Module):
 
 
 def set_skip_threshold(model: nn.Module, threshold: float, per_sample: bool = True) -> None:
-    """In evaluation, skip blocks and stages whose k (FA, Eq. 8) falls below `threshold`.
+    """Skip blocks and stages whose k (FA, Eq. 8) falls below `threshold`, in evaluation.
 
     Args:
         model: one of ours with FA gates, or one that `insert(model, 'fa')` gave them.

@@ -302,7 +302,7 @@ class CifarResNet(StagedNet):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that the SAAM paper does not decay: those of its gates."""
+        """Return names of the parameters that the SAAM paper does not decay: those of its gates."""
         if self.flavour != 'saam' or self.gate not in _UNDECAYED_GATES:
             return set()
         return {name for name, _ in self.named_parameters() if '.gate.' in name}

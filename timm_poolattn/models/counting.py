@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def multiply_adds(model: nn.Module) -> int:
-    """Multiply-adds of the convolutions and linear layers for one image of the model's own size.
+    """Count the multiply-adds of the convolutions and linear layers for one image of the model's own size.
 
     This is what the SAAM paper's FLOPs column adds for a module: no pooling, no element-wise operation.
 

@@ -20,7 +20,7 @@ _REWEIGHT_ROWS = dict(
 
 
 def table_rows() -> list[dict[str, Any]]:
-    """Every row of the result tables. `tables.yaml` explains its fields."""
+    """Return every row of the result tables. `tables.yaml` explains its fields."""
     return yaml.safe_load((files(__package__) / 'tables.yaml').read_text())['rows']
 
 
@@ -45,7 +45,7 @@ def model_args(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def paper_top1(arch: str, dataset: str) -> float | None:
-    """Top-1 accuracy in % that the model's own paper prints for it, if any."""
+    """Return the top-1 accuracy in % that the model's own paper prints for it, if any."""
     for row in table_rows():
         if row['model'] == arch and row['dataset'] == dataset and row.get('variant') is None:
             if 'top1' in row:

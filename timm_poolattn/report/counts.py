@@ -20,12 +20,12 @@ def _key(args: dict[str, Any]) -> str:
 
 @cache
 def packaged_counts() -> dict[str, dict[str, Any]]:
-    """`count_model` of what is `countable`, by its key; our names first, by family and in order."""
+    """Return `count_model` of what is `countable`, by its key; our names first, by family and in order."""
     return json.loads(_FILE.read_text())
 
 
 def count_model(**args) -> dict[str, Any]:
-    """`family`, `gate` (None for none), `parameters` and `multiply_adds` of what timm.create_model(**args) builds."""
+    """Count what timm.create_model(**args) builds: `parameters`, `multiply_adds`, its `family` and `gate`, or None."""
     import timm  # which takes seconds, and whoever reads the file needs none of it
 
     from ..models import multiply_adds

@@ -34,7 +34,7 @@ _MAX_UPLOAD, _KEPT, _QUEUE = '25mb', 3600, 20
 
 
 def packaged_models() -> list[dict[str, Any]]:
-    """`name`, `gate` and `top1` in % of the models whose weights are here, so that no network is needed."""
+    """Return `name`, `gate` and `top1` in % of the models whose weights are here, so that no network is needed."""
     return [
         dict(name=f'{row["model"]}.{tag}', gate=row['gate'], top1=top1)
         for row in list_models(trained=True)
@@ -44,7 +44,7 @@ def packaged_models() -> list[dict[str, Any]]:
 
 
 def look(models: dict[str, nn.Module], path: Path, name: str) -> Iterator[tuple[str, str]]:
-    """What `models` make of a photo, as HTML: a line on how far it is, or on a mistake, and a card for each model.
+    """Yield what `models` make of a photo, as HTML: a line on the progress or a mistake, and a card for each model.
 
     Args:
         models: by the name to print.
@@ -74,7 +74,7 @@ def _read(path: Path, name: str) -> bytes:
 
 
 def line(text: str, *, is_error: bool = False) -> str:
-    """A line below the photo."""
+    """Return a line below the photo."""
     kind, role = ('error', 'alert') if is_error else ('status', 'status')
     return f'<div class="pa"><p class="{kind}" role="{role}">{html.escape(text)}</p></div>'
 
@@ -131,7 +131,7 @@ def _picture(pixels: np.ndarray, heat: np.ndarray | None = None, **kwargs: Any) 
 
 
 def build_page(models: dict[str, nn.Module], chosen: Sequence[str] = ()) -> 'gradio.Blocks':
-    """The page, to be launched.
+    """Build the page, to be launched.
 
     Args:
         models: in evaluation mode, by the name to print.

@@ -12,7 +12,7 @@ from .results import released_results
 
 
 def list_models(filter: str = '*', *, trained: bool = False) -> list[dict[str, Any]]:
-    """Our models, by family and in order of name.
+    """Return our models, by family and in order of name.
 
     Args:
         filter: a name or a pattern as in timm.list_models.

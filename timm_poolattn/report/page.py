@@ -42,7 +42,7 @@ def write_report(path: str | Path, benchmark: str | Path | None = None) -> Path:
 
 
 def read_benchmark(path: str | Path) -> dict[str, float]:
-    """Images/s at inference by model, eager and in float32, from what `poolattn bench models --json` printed.
+    """Read images/s at inference by model, eager and in float32, from what `poolattn bench models --json` printed.
 
     Raises:
         MissingFileError: no such file.
@@ -71,13 +71,13 @@ def _duration(hours: float | None) -> str:
 
 
 def describe_run(run: dict[str, Any]) -> str:
-    """What tells the runs of a cell apart: 'cpu-short, 3 epochs, 1 seed'."""
+    """Describe what tells the runs of a cell apart: 'cpu-short, 3 epochs, 1 seed'."""
     plural = lambda n, noun: f'{n} {noun}{"s" * (n != 1)}'  # noqa: E731
     return f'{run["recipe"]}, {plural(run["epochs"], "epoch")}, {plural(run["seeds"], "seed")}'
 
 
 def describe_gain(run: dict[str, Any]) -> str:
-    """A gate less the plain backbone: '+0.31 ± 0.12 (3 and 3 seeds)'; '' where that was not run."""
+    """Describe a gate less the plain backbone: '+0.31 ± 0.12 (3 and 3 seeds)'; '' where that was not run."""
     gain = run['gain']
     if gain is None:
         return ''
@@ -103,7 +103,7 @@ def _page(rows: list[dict[str, Any]], folder: Path, hardware: str) -> str:
 
 
 def markdown_report(rows: Sequence[dict[str, Any]]) -> str:
-    """What was run, a line for each run; then all rows, a table for each of the papers'."""
+    """Write what was run, a line for each run; then all rows, a table for each of the papers'."""
     lines = ["# The papers' tables and ours", '', summary_table(rows), '']
     lines += ['## Rows that were run', '']
     lines += ['| model | data | in | top-1 (paper) | ours | difference | less plain | trained by |', '|---' * 8 + '|']
@@ -143,7 +143,7 @@ def _number(value: float | None, sign: str = '') -> str:
 
 
 def summary_table(rows: Sequence[dict[str, Any]]) -> str:
-    """How many rows of which paper were run, and how far from the paper the longest training of each is."""
+    """Return how many rows of which paper were run, and how far from the paper the longest training of each is."""
     groups = defaultdict(list)
     for row in rows:
         groups[row['paper'], row['dataset']].append(row)

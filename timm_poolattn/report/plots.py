@@ -28,7 +28,7 @@ _MARKS = ('o', 's', '^', 'D', 'v', 'p', '*', 'X', '<', '>', 'h')
 
 
 def read_curve(run: str | Path) -> list[dict[str, float]]:
-    """The epochs of a run: from its folder's summary.csv, a release folder's results.json, or a results file.
+    """Return the epochs of a run: from its folder's summary.csv, a release folder's results.json, or a results file.
 
     Raises:
         MissingFileError: neither is there.
@@ -81,7 +81,7 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 
 def curves_figure(runs: dict[str, list[dict[str, float]]]) -> Figure:
-    """Top-1 error, loss and learning rate by epoch, and for SPEM penalty and mean lambda: the FA paper's Fig. 6.
+    """Draw top-1 error, loss and learning rate by epoch, for SPEM penalty and mean lambda too: the FA paper's Fig. 6.
 
     Args:
         runs: by name; an epoch without evaluation has no `eval_...` fields.
@@ -133,7 +133,7 @@ def curves_figure(runs: dict[str, list[dict[str, float]]]) -> Figure:
 
 
 def learned_lambda(model: nn.Module) -> dict[str, float]:
-    """lambda of each SPEM gate (Eq. 3), by stage and block.
+    """Return lambda of each SPEM gate (Eq. 3), by stage and block.
 
     Raises:
         UserError: the model has no SPEM gates.
@@ -197,7 +197,7 @@ ABLATIONS: dict[str, tuple[Callable[[str, dict[str, Any]], float | str | None], 
 def ablation_points(
     name: str, results: Iterable[dict[str, Any]]
 ) -> dict[str, dict[str, dict[float | str, list[float]]]]:
-    """Top-1 accuracies by data set, by series (a backbone with one way to train it) and by what the ablation varies."""
+    """Return top-1 accuracies by data set, series (a backbone, one way to train it) and what the ablation varies."""
     value_of = ABLATIONS[name][0]
     points: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     series: dict[str, str] = {}
@@ -243,7 +243,7 @@ def ablation(name: str, out: str | Path, results: Sequence[str | Path] = ()) -> 
 
 
 def ablation_figure(name: str, ours: dict[str, dict[str, dict[float | str, list[float]]]]) -> Figure:
-    """`ours` as `ablation_points` has it, beside what the paper prints; a panel for each data set of ours."""
+    """Draw `ours`, as `ablation_points` has it, beside what the paper prints: a panel for each data set of ours."""
     value_of, is_papers, axis, _ = ABLATIONS[name]
     papers: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
     for row in filter(is_papers, table_rows()):

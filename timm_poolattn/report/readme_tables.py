@@ -30,7 +30,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def models_table() -> str:
-    """The trained models, from their results files."""
+    """Return the trained models, from their results files."""
     rows = []
     for name, r in released_results().items():
         paper = paper_top1(r['model'], r['tag'])
@@ -40,7 +40,7 @@ def models_table() -> str:
 
 
 def benchmark_files(kind: str) -> list[dict[str, Any]]:
-    """What `poolattn bench KIND --json` printed, 'models' or 'gates', in order of the files' names."""
+    """Return what `poolattn bench KIND --json` printed, 'models' or 'gates', in order of the files' names."""
     return [json.loads(path.read_text()) for path in sorted((_PACKAGE / 'bench' / 'results').glob(f'{kind}*.json'))]
 
 
@@ -74,7 +74,7 @@ def speed_table(rows: int = 10) -> str:
 
 
 def benchmark_tables() -> str:
-    """The benchmarks of networks and gates."""
+    """Return the benchmarks of networks and gates."""
     tables = []
     for result in benchmark_files('models'):
         shown = {title: key for title, key in _MODEL_RATIOS.items() if any(key in r for r in result['rows'])}
@@ -99,13 +99,13 @@ def benchmark_tables() -> str:
 
 
 def readme_tables() -> dict[str, str]:
-    """The generated tables by name, which `with_tables` puts between the marks of that name."""
+    """Write the generated tables, by the name that `with_tables` finds their marks by."""
     papers = summary_table(report_rows(load_results()))
     return dict(models=models_table(), papers=papers, speed=speed_table(), benchmarks=benchmark_tables())
 
 
 def with_tables(text: str, tables: dict[str, str]) -> str:
-    """`text` with each of `tables` that it has marks for put between them.
+    """Return `text` with each of `tables` put between the marks that it has for it.
 
     Raises:
         UserError: a first mark without its last, or the reverse, or a name twice.
@@ -121,7 +121,7 @@ def with_tables(text: str, tables: dict[str, str]) -> str:
 
 
 def results_csv() -> str:
-    """All runs as one table for a spreadsheet, a line each; images/s at inference, eager, where benchmarked."""
+    """Write all runs as one table for a spreadsheet, a line each; images/s at inference, eager, where benchmarked."""
     speed = {
         row['model']: row['inference_images_per_s']
         for result in benchmark_files('models')

@@ -11,7 +11,7 @@ RESULTS_DIR = Path(__file__).parent / 'results'
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """results.json, given as such or by its release folder.
+    """Read results.json, given as such or by its release folder.
 
     Raises:
         MissingFileError: no such file.
@@ -33,11 +33,11 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 
 def released_results() -> dict[str, dict[str, Any]]:
-    """results.json of the release folders that have one, by `<arch>.<tag>`."""
+    """Read results.json of the release folders that have one, by `<arch>.<tag>`."""
     files = {name: folder / 'results.json' for name, folder in released().items()}
     return {name: read_results(file) for name, file in files.items() if file.is_file()}
 
 
 def load_results() -> list[dict[str, Any]]:
-    """results.json of every run that we know: of the release folders, then of `RESULTS_DIR`."""
+    """Read results.json of every run that we know: of the release folders, then of `RESULTS_DIR`."""
     return [*released_results().values(), *map(read_results, sorted(RESULTS_DIR.glob('*.json')))]

@@ -34,7 +34,7 @@ def _run_args(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def results_of(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of `results` whose model is the one that timm.create_model(**args) builds, whatever trained it."""
+    """Return those of `results` whose model is the one that timm.create_model(**args) builds, whatever trained it."""
     same = [r for r in results if f'{r["model"]}.{r["tag"]}' == args['model_name']]
     if not same:
         return []
@@ -43,7 +43,7 @@ def results_of(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[
 
 
 def recipe_name(result: dict[str, Any]) -> str:
-    """The recipe of a run, and what its weights started from: 'cpu-short, from resnet20_saam.cifar10'."""
+    """Return the recipe of a run, and what its weights started from: 'cpu-short, from resnet20_saam.cifar10'."""
     source = result.get('warm_start', '').split()[:1]
     return ', from '.join([result.get('recipe') or 'own recipe', *source])
 
@@ -65,7 +65,7 @@ def _top1(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measured_runs(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was measured of a model: runs that differ in nothing but their seed as one entry, longest training first.
+    """Return what was measured of a model: runs that differ only in their seed as one entry, longest training first.
 
     Args:
         args: of timm.create_model.
@@ -120,7 +120,7 @@ def _plain_of(args: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def paper_accuracy(row: dict[str, Any]) -> float | None:
-    """Top-1 accuracy in % that a row of `table_rows()` prints, as such or as an error; None where it has none."""
+    """Return the top-1 accuracy in % that a row of `table_rows()` prints, as such or as an error, or None."""
     return row['top1'] if 'top1' in row else round(100 - row['top1_err'], 4) if 'top1_err' in row else None
 
 
@@ -170,7 +170,7 @@ def _command(args: dict[str, Any], row: dict[str, Any]) -> str:
 def report_rows(
     results: Sequence[dict[str, Any]], images_per_s: dict[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Every row of the papers' tables with ours beside it.
+    """Return every row of the papers' tables with ours beside it.
 
     Args:
         results: of all runs, as `load_results` reads them.

@@ -50,7 +50,7 @@ _OPTIONS = dict(
 
 
 def recipes() -> dict[str, Path]:
-    """The recipes by name: files for train.py's --config, from an installed package or a source checkout."""
+    """Return the recipes by name: files for train.py's --config, from an installed package or a source checkout."""
     package = Path(__file__).parent.parent
     packaged = package / 'recipes'
     folder = packaged if packaged.is_dir() else package.parent / 'train_scripts' / 'recipes'
@@ -116,7 +116,7 @@ def parse_arguments(module: ModuleType, argv: Sequence[str], recipe: str | None 
 
 
 def read_pretrained_cfg(name: str) -> dict[str, Any]:
-    """What timm knows of a model's weights, which for hf-hub:... and local-dir:... their config.json says.
+    """Return what timm knows of a model's weights, which for hf-hub:... and local-dir:... their config.json says.
 
     Raises:
         UserError: such a one cannot be read.

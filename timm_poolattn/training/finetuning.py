@@ -75,7 +75,7 @@ def finetune(data_dir: str | Path, argv: Sequence[str] = (), **options) -> Finet
 
 @torch.inference_mode()
 def confusion_matrix(model: nn.Module, data: ImageData, config: dict[str, Any]) -> torch.Tensor:
-    """(classes, classes): images of class i that `model` takes for class j.
+    """Count images of class i that `model` takes for class j: (classes, classes).
 
     Args:
         model: in evaluation mode.

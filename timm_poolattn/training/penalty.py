@@ -65,7 +65,7 @@ class PenaltyMixin:
         return torch.stack([gate.penalty() for gate in self.gates]).sum()
 
     def epoch_metrics(self) -> OrderedDict[str, float]:
-        """What to log of the gates: their penalty, and the mean over blocks of lambda (Eq. 3)."""
+        """Return what to log of the gates: their penalty, and the mean over blocks of lambda (Eq. 3)."""
         if not self.gates:
             return OrderedDict()
         with torch.no_grad():
@@ -82,7 +82,7 @@ class PenaltyMixin:
 
 
 def with_penalty(task: type[TrainingTask]) -> type[TrainingTask]:
-    """The subclass of one of timm's tasks that takes `penalty_weight`; see `PenaltyMixin`."""
+    """Return the subclass of one of timm's tasks that takes `penalty_weight`; see `PenaltyMixin`."""
     return type(f'Penalty{task.__name__}', (PenaltyMixin, task), {})
 
 

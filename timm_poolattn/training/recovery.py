@@ -59,7 +59,7 @@ def check_checkpoint(path: str | Path, model: nn.Module | None = None) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of an epoch's end in a run's folder, if any."""
+    """Return the newest whole checkpoint of an epoch's end in a run's folder, if any."""
     paths = [*folder.glob('last.pth.tar'), *folder.glob('checkpoint-*.pth.tar')]
     return next((p for p in sorted(paths, key=lambda p: p.stat().st_mtime_ns, reverse=True) if _is_whole(p)), None)
 
@@ -95,7 +95,7 @@ class Guard:
         self.interrupts = 0
 
     def around(self, train_one_epoch: Callable) -> Callable:
-        """train.py's train_one_epoch, guarded."""
+        """Guard train.py's train_one_epoch."""
 
         def guarded(epoch: int, model, loader, optimizer, *args, task: TrainingTask, saver=None, **kwargs):
             self.epoch, self.update, self.started, self.training = epoch, 0, True, True

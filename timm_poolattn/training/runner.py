@@ -337,7 +337,7 @@ def create_resident_dataset(
     seed: int = 42,
     **_,
 ) -> ResidentDataset:
-    """In place of timm.data.create_dataset, with the arguments of train.py before its own."""
+    """Stand in for timm.data.create_dataset, with the arguments of train.py before its own."""
     view = _view(args, training=split == args.train_split)
     classes = None if name else list_classes(root, args.train_split)  # the evaluation split may hold a few of them
     data = load_images(root, split, name=name, download=download, view=view, classes=classes)

@@ -55,7 +55,7 @@ class Run:
         return read_curve(self.folder)
 
     def data_dir(self) -> str:
-        """Where the run's data were.
+        """Return where the run's data were.
 
         Raises:
             UserError: args.yaml does not say.
@@ -79,7 +79,7 @@ class Run:
         return sorted(list_classes(self.data_dir(), self.args.get('train_split') or 'train'))  # as such a run did
 
     def read_checkpoint(self, which: str = 'last') -> dict[str, Any]:
-        """What timm's saver wrote; no pickle is run.
+        """Read what timm's saver wrote; no pickle is run.
 
         Raises:
             MissingFileError: it is not there.
@@ -89,7 +89,7 @@ class Run:
         return read_checkpoint(self.folder / CHECKPOINTS[which])
 
     def build_model(self, which: str = 'last') -> nn.Module:
-        """The model in evaluation mode with the weights that the run evaluated: the moving average where it kept one.
+        """Build the model in evaluation mode, with the weights that the run evaluated: the average where it kept one.
 
         Raises:
             As `read_checkpoint`.
@@ -110,7 +110,7 @@ class Run:
         return 'state_dict_ema' in saved and not self.args.get('model_ema_force_cpu')
 
     def untrained_model(self) -> nn.Module:
-        """The model as train.py built it, with random weights."""
+        """Build the model as train.py did, with random weights."""
         args, name = self.args, self.args['model']
         given = {ours: args.get(theirs) for ours, theirs in _MODEL_ARGS.items()}
         if not args.get('in_chans') and args.get('input_size'):
@@ -179,7 +179,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of timm's saver; no pickle is run.
+    """Read what timm's saver wrote; no pickle is run.
 
     Raises:
         MissingFileError: it is not there.
@@ -198,7 +198,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def model_weights(saved: dict[str, Any], ema: bool = False) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint, without the norms that --split-bn adds for its augmented splits alone."""
+    """Return the weights in a checkpoint, without the norms that --split-bn adds for its augmented splits alone."""
     weights = clean_state_dict(saved['state_dict_ema' if ema else 'state_dict'])
     return {name: weight for name, weight in weights.items() if '.aux_bn.' not in name}
 

@@ -34,7 +34,7 @@ _THREE_WAYS = (
 
 
 def find_train_script(path: str | Path | None = None, *, allow_unpinned: bool = False) -> Path:
-    """timm's train.py: `path`, $TIMM_TRAIN_SCRIPT, a checkout in or beside the working folder, or a checked download.
+    """Find timm's train.py: `path`, $TIMM_TRAIN_SCRIPT, a checkout in or beside the working folder, or a download.
 
     Args:
         path: take this file. Default: look for one.

@@ -7,7 +7,7 @@ HUB_ORG = 'TIMM_POOLATTN_HUB_ORG'
 
 
 def hub_configs_dir() -> Path:
-    """The release folders: inside an installed package, or beside the package in a source checkout."""
+    """Return the release folders: inside an installed package, or beside the package in a source checkout."""
     package = Path(__file__).parent.parent
     packaged = package / 'hub_configs'
     return packaged if packaged.is_dir() else package.parent / 'hub_configs'
