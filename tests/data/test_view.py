@@ -140,5 +140,8 @@ def test_errors(tmp_path):
     (tmp_path / 'b.png').write_bytes((tmp_path / 'b.png').read_bytes()[:3000])
     with pytest.raises(UserError, match=r'b\.png cannot be decoded as an image \(.*truncated'):
         read_image(tmp_path / 'b.png')
+    Image.new('RGB', (8, 8)).save(tmp_path / 'c.eps')
+    with pytest.raises(UserError, match=r'c\.eps: an EPS file is a program'):
+        read_image(tmp_path / 'c.eps')
     with pytest.raises(UserError, match='wants 4 channels'):
         View((4, 8, 8))(Image.new('RGB', (8, 8)))

@@ -64,6 +64,14 @@ def refused(train_script, data, output, *options, match, kind=UserError, **kwarg
         (['--smoothing', 5], '--smoothing is 5, and must be 0 to 1'),
         (['--lr', 'nan'], '--lr is nan, and must be at least 0'),
         (['--interpolation', 'evil'], "unknown interpolation 'evil'; choose from nearest, "),
+        (['--num-classes', 0], '--num-classes is 0, and must be at least 1'),
+        (['--momentum', 5], '--momentum is 5, and must be 0 to 1'),
+        (['--sched', 'step', '--decay-epochs', 0], '--decay-epochs is 0, and must be at least 1'),
+        (['--model-ema', '--model-ema-decay', 5], '--model-ema-decay is 5, and must be 0 to 1'),
+        (
+            ['--clip-grad', 1, '--clip-mode', 'evil'],
+            "unknown mode 'evil'; choose from norm, value, agc; for --clip-mode",
+        ),
         (['--eval-metric', 'accuracy'], "unknown metric 'accuracy'; choose from top1, "),
         (['--model-kwargs', 'red'], 'an argument cannot be read .*--model-kwargs and its like take name=value'),
         (['--amp', '--amp-dtype', 'int4'], 'train.py takes no such arguments: .*AssertionError'),
@@ -140,6 +148,12 @@ def test_a_broken_image_in_timms_loader(train_script, image_folder, tmp_path):
     options = ['--num-classes', 2, '--workers', 1]
     match = 'dog/3.png cannot be decoded as an image .*; repair or remove it$'
     refused(train_script, image_folder, tmp_path, *options, match=f'^{image_folder}: {match}', resident=False)
+
+
+def test_what_train_py_finds_in_its_first_batch(train_script, image_folder, tmp_path):
+    options = ['--num-classes', 2, '--workers', 1, '--worker-seeding', 'evil']
+    match = 'train.py takes no such arguments: before the first update it ended with AssertionError'
+    refused(train_script, image_folder, tmp_path, *options, match=match, resident=False)
 
 
 def test_less_than_a_batch_in_timms_loader(train_script, image_folder, tmp_path):

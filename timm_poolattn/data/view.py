@@ -116,6 +116,8 @@ def open_image(file: str | Path | bytes, name: str = '') -> Image.Image:
         raise UserError(f'{name}: more than {MAX_PIXELS:,} pixels; make the image smaller') from e
     except Exception as e:  # Pillow raises a dozen kinds
         raise _undecodable(name, e) from e
+    if image.format == 'EPS':
+        raise UserError(f'{name}: an EPS file is a program, which Ghostscript would run; save it as PNG')
     if image.width * image.height > MAX_PIXELS:
         size = f'{image.width}x{image.height}'
         raise UserError(f'{name}: {size} are more than {MAX_PIXELS:,} pixels; make the image smaller')

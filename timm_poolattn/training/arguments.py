@@ -23,14 +23,19 @@ _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'constan
 #: Of timm's saver.
 _METRICS = ('top1', 'top5', 'loss')
 _COUNTS = ('epochs', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'log_interval', 'val_interval')
-_COUNTS += ('checkpoint_hist', 'input_size', 'img_size')
+_COUNTS += ('checkpoint_hist', 'input_size', 'img_size', 'recount', 'decay_epochs')
+_COUNTS += ('lr_cycle_limit', 'num_classes')
 #: The least and the most that train.py's numbers can be; of some it takes others, and fails after a while.
 _RANGES = {
     **dict.fromkeys(_COUNTS, (1, math.inf)),
     **dict.fromkeys(('aug_repeats', 'epoch_repeats', 'workers', 'lr', 'lr_base', 'warmup_epochs'), (0, math.inf)),
-    **dict.fromkeys(('cooldown_epochs', 'clip_grad', 'mixup', 'cutmix'), (0, math.inf)),
+    **dict.fromkeys(('cooldown_epochs', 'clip_grad', 'mixup', 'cutmix', 'weight_decay', 'decay_rate'), (0, math.inf)),
+    **dict.fromkeys(('warmup_lr', 'min_lr', 'start_epoch', 'patience_epochs'), (0, math.inf)),
+    **dict.fromkeys(('distill_loss_weight', 'task_loss_weight'), (0, math.inf)),
+    **dict.fromkeys(('lr_cycle_mul', 'kd_temperature'), (1e-3, math.inf)),
     **dict.fromkeys(('drop', 'drop_path', 'smoothing', 'reprob', 'hflip', 'vflip', 'mean'), (0, 1)),
-    **dict.fromkeys(('mixup_prob', 'mixup_switch_prob'), (0, 1)),
+    **dict.fromkeys(('mixup_prob', 'mixup_switch_prob', 'cutmix_minmax', 'bce_target_thresh'), (0, 1)),
+    **dict.fromkeys(('momentum', 'model_ema_decay', 'layer_decay'), (0, 1)),
     **dict.fromkeys(('std', 'crop_pct'), (1e-3, 1)),
 }
 #: What train.py gives to create_model, and the option for it.
@@ -180,6 +185,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     look_up('optimizer', args.opt.lower().removeprefix('lookahead_'), list_optimizers(), 'for --opt')
     if args.sched:
         look_up('schedule', args.sched, _SCHEDULES, 'for --sched')
+    look_up('mode', args.clip_mode, ('norm', 'value', 'agc'), 'for --clip-mode')
     look_up('metric', args.eval_metric, _METRICS, 'for --eval-metric')
     look_up('interpolation', args.interpolation or 'bicubic', INTERPOLATIONS, 'for --interpolation')
     for name, (low, high) in _RANGES.items():

@@ -98,7 +98,7 @@ class Guard:
         """Guard train.py's train_one_epoch."""
 
         def guarded(epoch: int, model, loader, optimizer, *args, task: TrainingTask, saver=None, **kwargs):
-            self.epoch, self.update, self.started, self.training = epoch, 0, True, True
+            self.epoch, self.update, self.training = epoch, 0, True
             if saver and not self.saver:
                 self.saver = saver
                 saver.save_checkpoint = self._named(saver.save_checkpoint)
@@ -110,6 +110,7 @@ class Guard:
 
             def after_update(step: int | None = None) -> None:
                 self.update += 1
+                self.started = True
                 loss = torch.stack(losses).sum().item()
                 losses.clear()
                 if not math.isfinite(loss):

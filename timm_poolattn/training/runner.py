@@ -137,7 +137,7 @@ def train(
             if guard.started:
                 raise
             said = f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'.removesuffix(': ')
-            raise UserError(f'train.py takes no such arguments: before the first epoch it ended with {said}') from e
+            raise UserError(f'train.py takes no such arguments: before the first update it ended with {said}') from e
         finally:
             logging.root.handlers = handlers_before
         if record:
