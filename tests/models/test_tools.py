@@ -140,7 +140,7 @@ def test_patched_norms(name):
     assert len(calls) == len(norms)
 
 
-@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', ['resnet20', 'resnet20_saam', 'resnet20_spem', 'resnet20_fa'])
 def test_statistics_that_are_not_tracked_stay(name, compiled):
     model = timm.create_model(name, depth=8)
@@ -286,7 +286,10 @@ def test_fx_quantisation(name):
     assert error < 0.3
 
 
-@pytest.mark.parametrize('name', ['resnet20_saam', 'resnet20_spem', 'resnet20_fa'])
+@pytest.mark.parametrize(
+    'name',
+    ['resnet20_saam', *(pytest.param(name, marks=pytest.mark.slow) for name in ('resnet20_spem', 'resnet20_fa'))],
+)
 def test_int8_accuracy(name, cifar10_mini):
     """Post-training quantisation costs at most two points on 1,000 test images."""
     model = timm.create_model(f'{name}.cifar10', pretrained=True).eval()

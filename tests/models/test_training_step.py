@@ -98,7 +98,8 @@ def test_one_step_is_the_equations(name, block_cls, layout):
 
 
 def network(name: str | None, dtype: torch.dtype = torch.float32) -> CifarResNet:
-    return CifarResNet(14, gate=name, dtype=dtype)
+    """The least depth that has every part: FA's gates begin with a stage's second block."""
+    return CifarResNet(14 if name in ('fa', 'fase') else 8, gate=name, dtype=dtype)
 
 
 def train_three_steps(
@@ -193,7 +194,7 @@ def one_step(name: str) -> None:
     assert not missing
 
 
-_LARGE = ('resnet164', 'resnet245', 'resnet326', 'inception', 'resnet50', 'resnext50')
+_LARGE = ('resnet110', 'resnet164', 'resnet245', 'resnet326', 'inception', 'resnet50', 'resnext50')
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import click
 from ..utils import UserError, require
 from .options import data_dir_option, dataset_option, device_option, echo_json, json_option, split_option
 
+_MODEL = "A name with weights, or timm's hf-hub:REPO or local-dir:FOLDER."
+
 
 @click.command('list')
 @click.argument('filter', default='')
@@ -42,8 +44,8 @@ def list_(filter: str, trained: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument('images', nargs=-1, type=click.Path())
-@click.option('--model', 'name', default='resnet20_saam', show_default=True, help="A name with weights, or timm's.")
-@click.option('--topk', type=click.IntRange(1), default=5, show_default=True)
+@click.option('--model', 'name', default='resnet20_saam', show_default=True, help=_MODEL)
+@click.option('--topk', type=click.IntRange(1), default=5, show_default=True, help='How many classes to print.')
 @click.option('--demo', is_flag=True, help="Classify scikit-image's photo of a cat (the `demo` extra).")
 @json_option
 def predict(images, name: str, topk: int, demo: bool, as_json: bool) -> None:
@@ -77,7 +79,7 @@ def predict(images, name: str, topk: int, demo: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.option('--model', 'name', required=True, help="A name with weights, or timm's hf-hub:REPO or local-dir:FOLDER.")
+@click.option('--model', 'name', required=True, help=_MODEL)
 @data_dir_option
 @dataset_option
 @split_option

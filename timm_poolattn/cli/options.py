@@ -21,7 +21,7 @@ data_dir_option = click.option(
 dataset_option = click.option(
     '--dataset', default='', help='torch/cifar10 or torch/cifar100. Default: a folder or a tar.'
 )
-split_option = click.option('--split', default='test', show_default=True)
+split_option = click.option('--split', default='test', show_default=True, help='Of the data.')
 
 
 def echo_json(value: Any) -> None:

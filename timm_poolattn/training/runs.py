@@ -137,7 +137,7 @@ class Run:
         return {k: config[k] for k in _DATA_CONFIG}
 
     def load_data(self, model: nn.Module, data_dir: str | Path | None = None) -> ImageData:
-        """The images that the run evaluated `model` on, or those of `data_dir`, brought to size in the same way."""
+        """Read the images that the run evaluated `model` on, or those of `data_dir`, brought to size as they were."""
         root, name = data_dir or self.data_dir(), self.args.get('dataset') or ''
         split = self.args.get('val_split') or 'validation'
         classes = self.record.get('classes')  # of which a split may hold a few
@@ -204,7 +204,7 @@ def model_weights(saved: dict[str, Any], ema: bool = False) -> dict[str, torch.T
 
 
 def read_curve(folder: str | Path) -> list[dict[str, float]]:
-    """The whole rows of a run's summary.csv, one for each epoch, in order; none where the file is empty or missing.
+    """Return the whole rows of a run's summary.csv, one an epoch, in order; none where the file is empty or missing.
 
     timm writes the header again where a run resumes, and leaves out the `eval_...` columns that an epoch does not
     have. A row that was cut, by a kill or a full disk, is left out. A run that was killed between an epoch's row and
