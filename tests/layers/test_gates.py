@@ -133,6 +133,11 @@ def test_penalty_and_lambda():
     assert gate.penalty().item() == 10 and gate.pool_lambda().item() == pytest.approx(0.9)
     gate.penalty().backward()
     assert gate.p.grad.tolist() == [6, 2]
+    gate.zero_grad()
+    with torch.no_grad():
+        gate.p.zero_()  # as pruning does
+    gate.pool_lambda().backward()
+    assert gate.pool_lambda().item() == 0.5 and gate.p.grad.tolist() == [0, 0]
     fixed = SPEM(8, fixed_lambda=0.3)
     assert fixed.penalty().item() == 0 and fixed.pool_lambda().item() == pytest.approx(0.3)
 

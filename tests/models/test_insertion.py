@@ -6,6 +6,7 @@ import timm
 import torch
 from timm.models.resnet import BasicBlock
 from torch import nn
+from torch.ao import quantization
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import timm_poolattn
@@ -312,6 +313,41 @@ def test_modes_stay(gate):
     with torch.no_grad():
         model(X)
     assert_same_state(timm_poolattn.remove(model), before)
+
+
+class AlwaysTrains(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(True)
+
+
+@pytest.mark.parametrize('gate', ['saam', 'fa'])
+@pytest.mark.parametrize('kind', ['norm', 'observer'])
+def test_statistics_stay(kind, gate):
+    """A norm that adapts in evaluation too, and observers of quantisation, forget the noise."""
+    model = create('resnet18')
+    if kind == 'norm':
+        for norm in [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]:
+            norm.__class__ = AlwaysTrains
+    else:
+        model.qconfig = quantization.get_default_qat_qconfig('x86')
+        quantization.prepare_qat(model.train(), inplace=True)
+    before = state_of(model)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(X)
+    timm_poolattn.insert(model, gate)
+    now = timm_poolattn.remove(copy.deepcopy(model))
+    assert_same_state(now, before)
+    with torch.no_grad():
+        torch.testing.assert_close(now(X), expected)
+
+
+@pytest.mark.parametrize('gate', ['saam', 'fa'])
+def test_under_another_default_device(gate):
+    model = create('resnet18')
+    with torch.device('meta'):
+        timm_poolattn.insert(model, gate)
+        assert gates_of(timm_poolattn.insert(create('resnet18'), gate))
+    assert model(X).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -95,10 +95,11 @@ class SPEM(nn.Module):
         return self.beta_exc.new_zeros(()) if self.p is None else self.p.square().sum()
 
     def pool_lambda(self) -> torch.Tensor:
-        """Return lambda of Eq. 3, a scalar: the weight of max pooling, in [0, 1]."""
+        """Return lambda of Eq. 3, a scalar: the weight of max pooling, in [0, 1]. Where both p are 0 it is 1/2."""
         if self.p is None:
             return self.beta_exc.new_full((), self.fixed_lambda)
         p2 = self.p.square()
+        p2 = torch.where(p2.sum() != 0, p2, torch.ones_like(p2))
         return (p2 / p2.sum())[0]
 
     def _v_rew(self, f_max: torch.Tensor, f_min: torch.Tensor) -> torch.Tensor:

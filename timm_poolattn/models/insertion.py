@@ -198,8 +198,12 @@ def _set_modes(model: nn.Module, modes: dict[nn.Module, bool]) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation without gradients inside, every module's own mode afterwards."""
+    """Evaluation without gradients inside, every module's own mode afterwards, and every buffer's value.
+
+    Observers of quantisation, and norms that refuse to evaluate, take statistics of any image.
+    """
     modes = {m: m.training for m in model.modules()}
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     try:
         with torch.no_grad():
             model.eval()
@@ -208,6 +212,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(modes[model])  # some models drop what they cached for evaluation here
         for module, training in modes.items():
             module.training = training
+        for module, name, buffer, value in buffers:
+            if not buffer.is_meta and not (buffer.shape == value.shape and buffer.equal(value)):
+                buffer.resize_(value.shape).copy_(value)
+            setattr(module, name, buffer)
 
 
 def _passes(model: nn.Module, calls: list[tuple]) -> list[_Pass]:
@@ -227,7 +235,7 @@ def _passes(model: nn.Module, calls: list[tuple]) -> list[_Pass]:
         for size in dict.fromkeys([tuple(config['input_size'][1:]), *_SIZES]):
             if any(side == other for p in passes for side, other in zip(size, p.images.shape[2:], strict=True)):
                 continue
-            images = torch.randn(_BATCH_SIZE, channels, *size, generator=generator).to(parameter)
+            images = torch.randn(_BATCH_SIZE, channels, *size, generator=generator, device='cpu').to(parameter)
             calls.clear()
             try:
                 with _evaluating(model):
@@ -266,7 +274,8 @@ def _map_channels(model: nn.Module, block: nn.Module, shapes: list[torch.Size]) 
 def _create(create: Callable[..., nn.Module], block: nn.Module, *args, **kwargs) -> nn.Module:
     """A gate on the device and in the dtype of its block."""
     parameter = next((p for p in block.parameters() if p.is_floating_point()), None)
-    return create(*args, **kwargs) if parameter is None else create(*args, **kwargs).to(parameter)
+    dd = {} if parameter is None else dict(device=parameter.device, dtype=parameter.dtype)
+    return create(*args, **{**dd, **kwargs})
 
 
 def _insert_gates(model: nn.Module, gate: str, blocks: list[nn.Module], gate_kwargs: dict[str, Any]) -> bool:
