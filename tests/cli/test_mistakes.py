@@ -42,6 +42,8 @@ MISTAKES = {
         f'{TRAIN} --data-dir pets --dataset torch/cifr10',
         f'{TRAIN} --data-dir pets --val-split tset',
         'finetune pets --model resnet20_sam',
+        'finetune --epochs 3 pets',
+        f'{TRAIN} --data-dir pets --lerning-rate 3',
         f'warm-start resnet20_sam {MODEL} -o out.safetensors',
         f'warm-start {MODEL} resnet20_sam -o out.safetensors',
         'hub verify resnet20_sam',

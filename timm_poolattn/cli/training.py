@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ..utils import MissingFileError
+from ..utils import MissingFileError, UserError
 
 #: timm's train.py takes every option that is none of ours.
 _TIMM_ARGS = dict(ignore_unknown_options=True, allow_extra_args=True, allow_interspersed_args=True)
@@ -64,6 +64,8 @@ def finetune(data_dir, timm_args, **options) -> None:
     """
     from ..training import finetune
 
+    if data_dir.startswith('-'):
+        raise UserError(f'{data_dir}: DATA_DIR comes first, and the arguments of train.py after it')
     result = finetune(data_dir, timm_args, **options)
     click.echo(result.table())
     picture = result.figure or "not drawn: pip install 'timm_poolattn[explain]'"

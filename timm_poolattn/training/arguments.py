@@ -5,9 +5,10 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -89,8 +90,9 @@ def parse_arguments(module: ModuleType, argv: Sequence[str], recipe: str | None 
 
     Raises:
         UserError: no such recipe or file, a file that is no mapping of train.py's arguments, or no model.
-        SystemExit: train.py's parser refuses them, and has said why.
+            Or what train.py's parser refuses.
     """
+    module.config_parser.error = module.parser.error = partial(_refuse, module)
     config = module.config_parser.parse_known_args(list(argv))[0].config
     if recipe is not None:
         if config:
@@ -118,6 +120,15 @@ def parse_arguments(module: ModuleType, argv: Sequence[str], recipe: str | None 
         raise UserError('no model: give --model, as in --model resnet20_saam.cifar10, or a --recipe that names one')
     given = {k: v for k, v in vars(args).items() if v != defaults.get(k)}
     return Arguments(args, text, given, Path(config).stem if config else None)
+
+
+def _refuse(module: ModuleType, message: str) -> NoReturn:
+    """In place of the parser's own `error`, which prints all of its options and ends the process."""
+    unknown = message.partition('unrecognized arguments: ')[2].split()
+    if unknown:
+        known = {option for action in module.parser._actions for option in action.option_strings}
+        look_up('argument', unknown[0].partition('=')[0], known, "`python train.py -h` describes train.py's")
+    raise UserError(f'train.py: {message}; `python train.py -h` describes its arguments')
 
 
 def read_pretrained_cfg(name: str) -> dict[str, Any]:
@@ -182,6 +193,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f'--model-kwargs: train.py has options of its own for these: {said}')
     if args.dataset in ('torch/image_folder', 'torch/folder'):  # of which timm evaluates another folder than its split
         raise UserError(f'--dataset {args.dataset}: leave it out; --data-dir alone names a folder of images')
+    if getattr(args, 'tta', 0) > 1:  # it takes the mean over neighbouring images, and counts one of them
+        raise UserError('--tta: train.py evaluates something else than the images with it; leave it out')
     look_up('optimizer', args.opt.lower().removeprefix('lookahead_'), list_optimizers(), 'for --opt')
     if args.sched:
         look_up('schedule', args.sched, _SCHEDULES, 'for --sched')

@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 #: Options of train.py that need timm's own loader: images one by one, other sizes, or several copies of a batch.
 _NEED_TIMM_LOADER = (
     *('aa', 'aug_splits', 'aug_repeats', 'epoch_repeats', 'naflex_loader', 'train_crop_mode', 'class_map', 'resplit'),
-    *('train_num_samples', 'val_num_samples', 'vflip', 'grayscale_prob', 'gaussian_blur_prob', 'tta'),
+    *('train_num_samples', 'val_num_samples', 'vflip', 'grayscale_prob', 'gaussian_blur_prob'),
     *('train_img_sizes', 'train_batch_sizes', 'train_batches_per_epoch'),
 )
 #: Arguments that say where something lies on one machine, not what was trained.
