@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from .test_cli import fails
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, sys, timm, beside
@@ -44,15 +46,13 @@ def test_any_script(tmp_path):
     (tmp_path / 'scripts').mkdir()
     (tmp_path / 'scripts' / 'script.py').write_text(SCRIPT)
     (tmp_path / 'scripts' / 'beside.py').write_text('VALUE = 7\n')
-    done = run('scripts/script.py', '--model', 'a', '-h', cwd=tmp_path)
-    assert json.loads(done.stdout) == [['--model', 'a', '-h'], True, 7]
-    run('scripts/script.py', '--fail', cwd=tmp_path, code=3)
+    done = run('scripts/script.py', '--model', 'a', '-h', '--fail', cwd=tmp_path, code=3)
+    assert json.loads(done.stdout) == [['--model', 'a', '-h', '--fail'], True, 7]
 
 
-def test_mistakes_end_in_one_line(tmp_path):
+def test_mistakes_end_in_one_line():
     for args, message in (('nowhere.py',), 'nowhere.py: no such file'), ((), "Missing argument 'SCRIPT'"):
-        done = run(*args, cwd=tmp_path, code=2)
-        assert done.stderr.startswith(f'Error: {message}') and len(done.stderr.splitlines()) == 1
+        assert fails('run', *args).startswith(f'Error: {message}')
 
 
 def test_timms_validate(timm_script, image_folder, tmp_path):
