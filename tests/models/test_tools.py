@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import timm
@@ -10,7 +11,11 @@ from timm.layers import convert_splitbn_model, freeze_batch_norm_2d
 from torch import distributed, nn
 from torch.ao import quantization
 from torch.ao.quantization import quantize_fx
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -223,6 +228,16 @@ def test_checkpointed_modules(name, kinds):
     apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, kinds))
     got = {name.replace('._checkpoint_wrapped_module', ''): grad for name, grad in step(model, x).items()}
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize('name', ['resnet20_fa', 'vgg19_fa'])
+def test_reentrant_checkpoints_of_stages(name):
+    """They would drop gradients of k without a word."""
+    model = timm.create_model(name)
+    wrapper = partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT)
+    apply_activation_checkpointing(model, wrapper, check_fn=lambda m: isinstance(m, Stage | VggBlock))
+    with pytest.raises(AssertionError, match='use_reentrant=False'):
+        step(model, X.clone().requires_grad_())
 
 
 @pytest.mark.parametrize('name', NAMES)

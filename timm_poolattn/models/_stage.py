@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, get_device_dtype
+from timm.layers.trace_utils import _assert  # private: see layers/arguments.py
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices  # private: nothing public reads `indices`
 from torch import nn
@@ -50,6 +51,17 @@ def small_gates(
     )
 
 
+def append_k(stage_ks: list[torch.Tensor], k: torch.Tensor, earlier: int) -> None:
+    """Append a stage's k to its `earlier` ones, once: a checkpoint of the stage calls it again, with the list complete.
+
+    A reentrant checkpoint ran it without gradients the first time, and later stages would send none back to it.
+    """
+    if len(stage_ks) == earlier:
+        stage_ks.append(k)
+    else:
+        _assert(stage_ks[earlier].requires_grad == k.requires_grad, 'FA: checkpoint stages with use_reentrant=False')
+
+
 class Stage(nn.Module):
     """Blocks of one width.
 
@@ -86,8 +98,7 @@ class Stage(nn.Module):
         if self.fa is None:
             return self.run_blocks(x, matched)
         k = self.fa(matched, stage_ks[: self.earlier])  # a copy: what checkpoints the gate calls it again, later
-        if len(stage_ks) == self.earlier:  # else what checkpoints the stage calls it again, and the list is complete
-            stage_ks.append(k)
+        append_k(stage_ks, k, self.earlier)
         if self.skip_threshold > 0 and not self.training:
             return self._run_unskipped(x, matched, k)
         return fa_weight(matched, self.run_blocks(x, matched), k)

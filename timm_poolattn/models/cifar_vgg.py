@@ -14,7 +14,7 @@ from torch import nn
 
 from ..layers import FocusAssociation, fa_weight, fa_weight_unskipped
 from ._registry import read_default_cfgs, register_models
-from ._stage import StagedNet, small_gates
+from ._stage import StagedNet, append_k, small_gates
 
 __all__ = ['CifarVgg']
 
@@ -61,8 +61,7 @@ class VggBlock(nn.Module):
     def forward(self, x: torch.Tensor, stage_ks: list[torch.Tensor]) -> torch.Tensor:
         if self.fa is not None:
             k = self.fa(x, stage_ks[: self.earlier])  # a copy, as in `Stage`
-            if len(stage_ks) == self.earlier:
-                stage_ks.append(k)
+            append_k(stage_ks, k, self.earlier)
             if self.skip_threshold > 0 and not self.training:
                 return self._run_unskipped(x, k)
         if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108  TorchScript takes no such ternary
