@@ -261,6 +261,19 @@ def test_a_curve_that_is_not_finite_and_data_by_their_old_name(run_dir, tmp_path
     assert f'the run says 40.00% of epoch 1, and {results["test"]["top1"]:.2f}% is measured and released' in caplog.text
 
 
+def test_of_three_splits_the_runs_is_verified(run_dir, tmp_path, cifar10_few):
+    """train/, val/ and test/: a run evaluates on val/, which is what its release claims."""
+    run_dir, _ = run_dir
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    data = shutil.copytree(cifar10_few, tmp_path / 'data')
+    shutil.copytree(data / 'train', data / 'val')
+    (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'data_dir': str(data), 'val_split': 'validation'}))
+    folder = release(run_dir, 'photos', out=tmp_path / 'hub_configs')
+    assert json.loads((folder / 'results.json').read_text())['test']['images'] == 40
+    assert [check.name for check in verify(folder, data_dir=data) if check.ok][-1] == 'accuracy'
+    assert 'this data has 20' in verify(folder, data_dir=data, split='test')[-1].detail
+
+
 def test_no_pickle_is_loaded(run_dir, tmp_path):
     run_dir, _ = run_dir
 

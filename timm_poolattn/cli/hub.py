@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ..utils import HUB_ORG, UserError
-from .options import dataset_option, echo_json, json_option, split_option
+from .options import dataset_option, echo_json, json_option
 
 endpoint_option = click.option('--endpoint', help='Of the Hub. Default: $HF_ENDPOINT, or https://huggingface.co.')
 
@@ -45,7 +45,7 @@ def release(run_dir, **options) -> None:
     '--data-dir', type=click.Path(), help="Check accuracy too: a folder or tar by class, or --dataset's root."
 )
 @dataset_option
-@split_option
+@click.option('--split', help='Of the data. Default: the one that the run evaluated on.')
 @endpoint_option
 @json_option
 @click.pass_context

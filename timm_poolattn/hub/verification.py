@@ -100,7 +100,7 @@ def verify(
     *,
     data_dir: str | Path | None = None,
     dataset: str = '',
-    split: str = 'test',
+    split: str | None = None,
     endpoint: str | None = None,
 ) -> list[Check]:
     """Check a release: files, header, config, parameters, values, hashes, card, forward, and with data its accuracy.
@@ -109,7 +109,7 @@ def verify(
         target: `<arch>.<tag>`, a folder, or `hf-hub:<repository>[@revision]`, which is downloaded afresh.
         data_dir: the images on which results.json claims its accuracy. Default: accuracy is not checked.
         dataset: as `load_images` takes it. Default: a folder or a tar.
-        split: of the data.
+        split: of the data. Default: the one that the run evaluated on.
         endpoint: of the Hub. Default: huggingface_hub's.
 
     Returns:
@@ -168,7 +168,7 @@ def download(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> Ch
 
 
 def verify_folder(
-    folder: Path, *, data_dir: str | Path | None = None, dataset: str = '', split: str = 'test'
+    folder: Path, *, data_dir: str | Path | None = None, dataset: str = '', split: str | None = None
 ) -> list[Check]:
     """Do as `verify`, for a folder."""
     release = _Release(folder)
@@ -465,8 +465,9 @@ class _Release:
     def onnx(self) -> str:
         return check_onnx(self.folder, self.model(), self.results.get('onnx', {}), self.results['test']['top1'])
 
-    def accuracy(self, data_dir: str | Path, split: str, dataset: str) -> str:
+    def accuracy(self, data_dir: str | Path, split: str | None, dataset: str) -> str:
         claimed, model = self.results['test'], self.model()
+        split = split or self.results['arguments'].get('val_split') or 'validation'  # as `Run.load_data`
         for hold_out in (True, False):  # a fine-tuned model's claim is of what was held out, others' of all
             data = load_data(model, data_dir, split, name=dataset, hold_out=hold_out)
             if len(data) == claimed['images']:
