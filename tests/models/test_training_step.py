@@ -149,8 +149,13 @@ _COMPILED = [
 ]
 
 
+#: Compiling takes seconds. These have no code that another gate has not.
+_ALIKE = (None, 'saam2', 'saam4', 'fase')
+_COMPILED_GATES = [pytest.param(name, marks=pytest.mark.slow if name in _ALIKE else ()) for name in ALL_GATES]
+
+
 @pytest.mark.parametrize('backend, layout, dtype', _COMPILED)
-@pytest.mark.parametrize('name', ALL_GATES)
+@pytest.mark.parametrize('name', _COMPILED_GATES)
 def test_three_compiled_steps_are_finite(name, backend, layout, dtype):
     own = torch.float64 if dtype == 'float64' else torch.float32
     model = network(name, own).to(memory_format=LAYOUTS[layout])
@@ -160,7 +165,7 @@ def test_three_compiled_steps_are_finite(name, backend, layout, dtype):
         train_three_steps(model, images.to(own).to(memory_format=LAYOUTS[layout]), DTYPES[dtype], compiled)
 
 
-@pytest.mark.parametrize('name', ALL_GATES)
+@pytest.mark.parametrize('name', _COMPILED_GATES)
 def test_compiled_gradients_are_the_eager_ones(name):
     model = network(name, torch.float64)
     images, weights = IMAGES['random'].double(), torch.randn(4, 10, dtype=torch.double)
