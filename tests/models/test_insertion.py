@@ -291,6 +291,27 @@ def test_outputs_of_any_structure(wrap):
     assert len(gates_of(timm_poolattn.insert(model, 'fa'))) == 4
 
 
+class OneHeight(nn.Module):
+    """Brings images to one height first, as a detector does, and its blocks have `channels_last` maps or not."""
+
+    def __init__(self, channels_last):
+        super().__init__()
+        self.net = Net([Block(channels_last=channels_last), Block(channels_last=channels_last)])
+
+    def forward(self, x):
+        return self.net(nn.functional.interpolate(x, (32, 32 * x.shape[3] // x.shape[2])))
+
+
+@pytest.mark.parametrize('gate', ['saam', 'fa'])
+def test_images_of_one_height(gate):
+    model = OneHeight(channels_last=False).eval()
+    expected = model(X)
+    assert gates_of(timm_poolattn.insert(model, gate)) and model(X).equal(expected)
+    if gate == 'saam':
+        with pytest.raises(UserError, match=r'maps of \(2, 32, 32, 8\) and \(2, 32, 48, 8\)'):
+            timm_poolattn.insert(OneHeight(channels_last=True), gate)
+
+
 @pytest.mark.parametrize('name', ['resnet20', 'resnet20_fa', 'vgg19_se', 'inception_v4_se', 'resnet50_fa'])
 def test_own_networks_have_fa_from_their_constructor(name):
     with pytest.raises(UserError, match=r"gets FA when it is built: timm\.create_model\(name, gate='fa'\)"):

@@ -99,7 +99,7 @@ def insert(model: nn.Module, gate: str, *, identity_init: bool = True, **gate_kw
     its mode, and a gate gets the mode, device and dtype of its block.
 
     Channel gates leave the names of the model's own parameters as they are; FA puts those of a run's blocks into one
-    module. So load a checkpoint of the plain model first.
+    module. So load a checkpoint of the plain model first. timm's layer-wise learning rates take a run as one layer.
 
     Args:
         model: a timm CNN with (B, C, H, W) feature maps, such as resnet, resnetv2, resnext, regnet, convnext or
@@ -264,8 +264,8 @@ def _map_channels(model: nn.Module, block: nn.Module, shapes: list[torch.Size]) 
     _, channels, heights, widths = (set(axis) for axis in zip(*shapes, strict=True))
     if len(heights) == len(widths) == 1:  # one square size
         fits = len(channels) == 1 and channels != heights == widths
-    else:  # what changes with the image is height and width
-        fits = len(channels) == 1 and all(len(sides) > 1 or sides == {1} for sides in (heights, widths))
+    else:  # what changes with the image is height and width, or the width alone: detectors keep the shorter side
+        fits = len(channels) == 1 and (len(widths) > 1 or (widths == {1} and (len(heights) > 1 or heights == {1})))
     if not fits:
         raise _refusal(model, f'{name} has maps of {seen}, not of (B, C, H, W) with one C')
     return channels.pop()
