@@ -106,6 +106,12 @@ def test_what_is_no_image_is_counted(read, image_folder):
     assert 'passed over 8 ' in note and 'first cat/a.heic' in note
 
 
+def test_a_class_whose_name_is_no_text(read, image_folder):
+    os.rename(image_folder / 'train' / 'cat', os.fsencode(image_folder / 'train') + b'/c\xff')
+    with pytest.raises(UserError, match=r"train: the name of class 'c\\udcff' is no UTF-8; rename its folder"):
+        read()
+
+
 def test_classes_are_in_timms_order(read, image_folder):
     """So that timm's validate.py gives a class the number that it has here."""
     for split in ('train', 'test'):

@@ -261,6 +261,23 @@ def test_a_curve_that_is_not_finite_and_data_by_their_old_name(run_dir, tmp_path
     assert f'the run says 40.00% of epoch 1, and {results["test"]["top1"]:.2f}% is measured and released' in caplog.text
 
 
+@pytest.mark.parametrize('name, sound', [('mine', True), ('a\tb', False), (' ', False), ('👩\u200d🌾', True)])
+def test_a_label_that_verify_refuses_is_not_released(run_dir, tmp_path, name, sound):
+    (run_dir, _), config = run_dir, json.loads((run_dir[0] / 'run.json').read_text())
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    classes = sorted(path.name for path in Path(args['data_dir'], 'test').iterdir())
+    data = shutil.copytree(args['data_dir'], tmp_path / 'data')
+    (data / 'test' / classes[-1]).rename(data / 'test' / name)
+    (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'data_dir': str(data)}))
+    (run_dir / 'run.json').write_text(json.dumps({**config, 'classes': [*classes[:-1], name]}))
+    if sound:
+        checks = verify(release(run_dir, 'photos', out=tmp_path / 'hub_configs'))
+        assert all(check.ok for check in checks), checks
+    else:
+        with pytest.raises(UserError, match=r'run: label name .* holds control characters; rename the class'):
+            release(run_dir, 'photos', out=tmp_path / 'hub_configs')
+
+
 def test_of_three_splits_the_runs_is_verified(run_dir, tmp_path, cifar10_few):
     """train/, val/ and test/: a run evaluates on val/, which is what its release claims."""
     run_dir, _ = run_dir

@@ -248,6 +248,9 @@ def list_split(root: str | Path, split: str, hold_out: bool = True) -> Listing:
     if empty := sorted(set(classes) - {i.class_name for i in walk.images}) or (not classes and ['it']):
         more = f'; {walk.notes()[0]}' if walk.notes() else ''
         raise UserError(f'{where}: no images in {", ".join(empty)}{more}; remove or fill the class folder')
+    for name in classes:
+        if any('\ud800' <= c <= '\udfff' for c in name):  # as Python has such bytes
+            raise UserError(f'{where}: the name of class {name!r} is no UTF-8; rename its folder')
     images = sorted(walk.images)
     for image in images:
         if image.size > MAX_BYTES:

@@ -23,7 +23,7 @@ from ..utils import MissingFileError, UserError, hub_configs_dir, look_up, repla
 from ..version import __version__
 from .card import eval_result, model_card
 from .onnx_files import NEEDED, write_onnx
-from .verification import MODEL_ARGS
+from .verification import MODEL_ARGS, check_labels
 
 _logger = logging.getLogger(__name__)
 
@@ -139,6 +139,7 @@ def _check_fit(run_dir: Path, tag: str, num_classes: int, config: dict[str, Any]
     """Refuse a run whose classes, image size or data are not those of its tag."""
     if len(classes) != num_classes:
         raise UserError(f'{run_dir}: a model of {num_classes} classes, and the data have {len(classes)}: not its data')
+    check_labels(classes, run_dir)
     if tag not in DATASETS:
         return
     facts, own = DATASETS[tag], 'choose a tag of your own, as in --tag photos'

@@ -72,6 +72,20 @@ _REWRITE = 'release the run again, which writes both'
 TOLERANCE = 0.05
 
 
+def check_labels(labels: list[str], where: str | Path) -> None:
+    """Refuse names of classes that a page or a terminal would not show as they are.
+
+    Raises:
+        UserError: one of them; the message begins with `where`.
+    """
+    for label in labels:
+        shown = label.replace('\u200c', '').replace('\u200d', '')  # joiners, of Persian and of emoji
+        if not shown.strip() or len(label) > 300 or any(unicodedata.category(c)[0] == 'C' for c in shown):
+            raise UserError(
+                f'{where}: label name {label!r} is empty, too long, or holds control characters; rename the class'
+            )
+
+
 class Check(NamedTuple):
     """One row of the table."""
 
@@ -334,9 +348,7 @@ class _Release:
                 raise UserError(f'config.json: {count} classes, and {where["num_classes"]!r} in a part of it')
         if cfg.get('label_names', labels) != labels:
             raise UserError('config.json: its two lists of label names differ')
-        for label in labels:
-            if not label.strip() or len(label) > 300 or any(unicodedata.category(c)[0] == 'C' for c in label):
-                raise UserError(f'config.json: label name {label!r} is empty, too long, or holds control characters')
+        check_labels(labels, 'config.json')
         if len(set(labels)) < count:
             twice = next(label for label in labels if labels.count(label) > 1)
             raise UserError(f'config.json: label name {twice!r} is there twice')

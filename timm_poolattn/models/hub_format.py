@@ -34,7 +34,13 @@ def save_model(
 
 
 def _tidy(path: Path) -> None:
-    """Take from a config.json the second `num_classes` that timm writes: transformers stumbles over it."""
+    """Mend what timm says twice in a config.json.
+
+    transformers stumbles over the second `num_classes`. The second `label_names` are those of the model's own tag,
+    where it has as many classes.
+    """
     config = json.loads(path.read_text())
     config.get('model_args', {}).pop('num_classes', None)
+    if 'label_names' in config['pretrained_cfg']:
+        config['pretrained_cfg']['label_names'] = config['label_names']
     path.write_text(json.dumps(config, indent=2) + '\n')
