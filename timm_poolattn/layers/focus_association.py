@@ -2,10 +2,10 @@
 
 Paper: `A Novel Block-wise Attention Method: Focus-and-Association Networks` (Liu et al.; equation numbers are its own)
 
-Blocks B_0 ... B_{n-1} of a stage turn X_i into U_i. B_0 is the benchmark and has no gate; block i >= 1 has a
-`FocusAssociation(channels, i)`, which yields one scalar k_i a sample from X_i and the list of earlier k alone, so that
-k_i is known before block i runs, and `fa_weight` gives X_{i+1}. Each stage starts a new list; whole stages are then
-gated once more in the same way (Fig. 4). `timm_poolattn.models.cifar_resnet.Stage` wires both.
+Blocks B_0 ... B_{n-1} of a stage turn X_i into U_i. B_0 is the benchmark and has no gate. Block i >= 1 has a
+`FocusAssociation(channels, i)`: one scalar k_i a sample, from X_i and the list of earlier k alone. So k_i is known
+before block i runs. `fa_weight` gives X_{i+1}. Each stage starts a new list; whole stages are then gated once more in
+the same way (Fig. 4). `Stage` in `models/_stage.py` wires both.
 """
 
 from collections.abc import Callable

@@ -73,11 +73,11 @@ def _is_whole(path: Path) -> bool:
 
 
 class Guard:
-    """Stands around the epochs of timm's train.py.
+    """Stand around the epochs of timm's train.py.
 
-    Each epoch starts from random states that are a function of the seed, the epoch and the rank alone, so that an
-    epoch which is repeated after a kill repeats its mixup, erasing, dropout and drop path. A loss that is not finite
-    stops the run. Ctrl-C takes effect between two updates, never within one.
+    Each epoch starts from random states that are a function of the seed, the epoch and the rank alone. An epoch that
+    is repeated after a kill so repeats its mixup, erasing, dropout and drop path. A loss that is not finite stops the
+    run. Ctrl-C takes effect between two updates, never within one.
 
     Args:
         seed: train.py's.

@@ -16,9 +16,9 @@ def warm_start(model: str, source: str, out: str | Path) -> dict[str, int]:
     """Write a first checkpoint of `model` that takes what fits from `source`.
 
     Parameters and buffers of the same name and shape are copied. Blocks that a stage of `source` does not have come
-    after those that it has and start as the identity (their last BN's weight is 0, as timm's `zero_init_last`), so a
-    deeper model of the same gate and classes computes at first what `source` computes: Chen et al., Net2Net,
-    https://arxiv.org/abs/1511.05641. The rest (another gate, another classifier) keeps its own initialisation.
+    after those that it has. They start as the identity: their last BN's weight is 0, as timm's `zero_init_last`. So a
+    deeper model of the same gate and classes computes at first what `source` computes (Chen et al., Net2Net,
+    https://arxiv.org/abs/1511.05641). The rest (another gate, another classifier) keeps its own initialisation.
 
     Args:
         model: a name of ours.
