@@ -247,7 +247,15 @@ def full_disk(place):
     subprocess.run(['umount', '-l', str(place / 'full')], check=True)
 
 
-@pytest.mark.parametrize('mistake, command', [(name, command) for name in MISTAKES for command in MISTAKES[name]])
+def cases():
+    """Those that write an ONNX file first, which takes seconds, are slow ones."""
+    for mistake, commands in MISTAKES.items():
+        for command in commands:
+            slow = mistake == 'full disk' and command.endswith('onnx')
+            yield pytest.param(mistake, command, marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize('mistake, command', cases())
 def test_one_line(mistake, command, place, request, monkeypatch):
     if mistake == 'full disk':
         request.getfixturevalue('full_disk')
