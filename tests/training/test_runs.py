@@ -67,6 +67,9 @@ def test_what_is_no_run_is_named(tmp_path):
     (tmp_path / 'run.json').unlink()
     with pytest.raises(UserError, match=r'args\.yaml: says no data_dir; give --data-dir'):
         read_run(tmp_path).data_dir()
+    (tmp_path / 'args.yaml').write_text('model: resnet20\ndata_dir: nowhere')
+    with pytest.raises(MissingFileError, match=r'nowhere: the data of .* are not there; --data-dir names another'):
+        read_run(tmp_path).data_dir()
     (tmp_path / 'args.yaml').write_text('model: resnet20\nmean: [0.5, 0.5]')
     with pytest.raises(UserError, match=r'args\.yaml: cannot be of the images'):
         read_run(tmp_path).data_config(timm.create_model('resnet20'))

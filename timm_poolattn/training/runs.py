@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,10 +60,13 @@ class Run:
 
         Raises:
             UserError: args.yaml does not say.
+            MissingFileError: they are no longer there.
         """
         root = self.args.get('data_dir') or self.args.get('data')
         if not isinstance(root, str):
             raise UserError(f'{self.folder / "args.yaml"}: says no data_dir; give --data-dir')
+        if not os.path.exists(os.path.expanduser(root)):
+            raise MissingFileError(f'{root}: the data of {self.folder} are not there; --data-dir names another place')
         return root
 
     @cached_property
