@@ -53,6 +53,32 @@ def step(model, x=X):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+class Wrapper(nn.Module):
+    """What knows nothing of the block in it but how it is called."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, shortcut):
+        return self.block(x, shortcut)
+
+
+@pytest.mark.parametrize('name', ['resnet20', 'resnet20_saam', 'resnet83_spem', 'resnet20_fa'])
+def test_wrapped_blocks(name):
+    """A block's FA is its stage's to call: where it is out of sight there is an error, not a block without FA."""
+    model = timm.create_model(name).eval()
+    expected = model(X)
+    for stage in model.stages:
+        stage.blocks = nn.ModuleList(map(Wrapper, stage.blocks))
+    if name == 'resnet20_fa':
+        with pytest.raises(AttributeError, match="'Wrapper' object has no attribute 'fa'"):
+            model(X)
+    else:
+        assert torch.equal(model(X), expected) and torch.equal(torch.jit.script(model)(X), expected)
+        step(model.train())
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_pruning(name):
     model = timm.create_model(name)

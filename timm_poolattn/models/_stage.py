@@ -1,7 +1,7 @@
 """What the small-image networks share: stages with FA over blocks and stages, and timm's model API on top of them."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from timm.layers import ClassifierHead, get_device_dtype
@@ -74,6 +74,8 @@ class Stage(nn.Module):
         reduction: comes before all of this.
     """
 
+    has_fa: Final[bool]  #: where no block has a gate, a module that wraps a block needs no `fa`
+
     def __init__(
         self,
         blocks: list[nn.Module],
@@ -85,6 +87,7 @@ class Stage(nn.Module):
         self.reduction = reduction or nn.Identity()
         self.shortcut = shortcut or nn.Identity()
         self.blocks = nn.ModuleList(blocks)
+        self.has_fa = any(block.fa is not None for block in blocks)
         self.fa = fa
         self.earlier = 0 if fa is None else fa.index - 1  # gated stages before this one
         self.grad_checkpointing = False
@@ -107,16 +110,19 @@ class Stage(nn.Module):
         """U of the stage."""
         ks: list[torch.Tensor] = []
         for i, block in enumerate(self.blocks):
-            if block.fa is not None:
-                ks = ks + [block.fa(x, ks)]  # a new list: what checkpoints the gate calls it again, later
-            if block.fa is not None and self.skip_threshold > 0 and not self.training:
+            gated = False
+            if self.has_fa:  # noqa: SIM102  nested, so that TorchScript leaves it out
+                if block.fa is not None:
+                    gated = True
+                    ks = ks + [block.fa(x, ks)]  # a new list: what checkpoints the gate calls it again, later
+            if gated and self.skip_threshold > 0 and not self.training:
                 x = self._run_block_unskipped(i, x, ks[-1])
             else:
                 if self.grad_checkpointing and not torch.jit.is_scripting():
                     u = checkpoint(block, x, shortcut)
                 else:
                     u = block(x, shortcut)
-                x = u if block.fa is None else fa_weight(x, u, ks[-1])
+                x = fa_weight(x, u, ks[-1]) if gated else u
             shortcut = x
         return x
 

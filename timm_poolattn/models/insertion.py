@@ -380,6 +380,7 @@ def _insert_fa(model: nn.Module, gate: str, blocks: list[nn.Module], gate_kwargs
         for hook in hooks:
             hook.remove()
     for _, stage, fas in stages:
+        stage.has_fa = True
         for block, fa in zip(stage.blocks[1:], fas, strict=True):
             block.fa = fa
     return bool(stages)
