@@ -78,7 +78,7 @@ class TestList:
     def test_no_match(self):
         assert "no model matches 'alexnet'; try `poolattn list '*alexnet*'`" in fails('list', 'alexnet')
         assert "no model matches '*nosuch*'; try `poolattn list`" in fails('list', '*nosuch*')
-        assert "no trained model matches 'resnet20'; try `poolattn list`" in fails('list', 'resnet20', '--trained')
+        assert "no trained model matches 'resnet326'; try `poolattn list`" in fails('list', 'resnet326', '--trained')
 
     def test_trained(self):
         rows = json.loads(run('list', '--trained', '--json').stdout)
