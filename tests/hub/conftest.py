@@ -2,12 +2,10 @@ import json
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from huggingface_hub import constants, file_download
-from huggingface_hub.utils import _http
+from huggingface_hub import close_session, constants
 from safetensors.torch import load_file, save_file
 
 from timm_poolattn.hub.releases import seal
@@ -40,12 +38,10 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hf'))
         monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'no-token'))
         monkeypatch.setattr(constants, 'HF_HUB_DOWNLOAD_TIMEOUT', 0.5)
-        clock = SimpleNamespace(**{**vars(time), 'sleep': server.waits.append})
-        for module in (_http, file_download):
-            monkeypatch.setattr(module, 'time', clock)
-        _http.close_session()  # made for offline use
+        monkeypatch.setattr(time, 'sleep', server.waits.append)
+        close_session()  # made for offline use
         yield server
-        _http.close_session()
+        close_session()
         assert not server.mistakes
 
 

@@ -12,7 +12,6 @@ import re
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -180,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         kind = self.fault.kind if self.fault else None
         hub.before(self.command, path)
         if kind == 'slow':
-            time.sleep(1.5)
+            threading.Event().wait(1.5)  # time.sleep is the client's, which does not wait
         if kind == 'cut' and not path.startswith('/storage/'):
             return self.hang_up()
         if isinstance(kind, int):
