@@ -196,7 +196,7 @@ def serve(names: Sequence[str] = ()) -> None:
         raise UserError(f'GRADIO_SERVER_PORT={port}: a port is a number from 1 to {2**16 - 1}')
     packaged = packaged_models()
     models = {name: load_pretrained(name) for name in names or [model['name'] for model in packaged]}
-    first = {model['gate']: model['name'] for model in reversed(packaged)}
+    first = {model['gate']: model['name'] for model in reversed(packaged) if model['gate']}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the uploads go
     with tempfile.TemporaryDirectory(prefix='poolattn-demo-', ignore_cleanup_errors=True) as uploads:
         os.environ['GRADIO_TEMP_DIR'] = uploads
