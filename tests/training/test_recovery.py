@@ -208,7 +208,7 @@ def test_two_processes_decode_at_once(train_script, cifar10_few, tmp_path):
     one, other = (checkpoint(tmp_path / name / 'run')['state_dict'] for name in 'ab')
     assert all(weight.equal(other[name]) for name, weight in one.items())
     cache = list((tmp_path / 'cache').iterdir())
-    assert sorted(p.name.split('-')[0] for p in cache) == ['test', 'train']
+    assert sorted(p.name.rsplit('-', 2)[1] for p in cache) == ['train', 'validation']
     times = [p.stat().st_mtime_ns for p in cache]
     train(['--data-dir', str(cifar10_few), '--output', str(tmp_path / 'c'), '--experiment', 'run', '--epochs', '1',
            '--model', 'resnet20', '-b', '40'], timm_script=train_script)  # fmt: skip

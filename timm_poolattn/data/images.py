@@ -200,7 +200,7 @@ def _decode(listing: Listing, view: View | None, where: str) -> torch.Tensor:
         ThreadPoolExecutor() as pool,
         progress(total=len(listing.images), desc=f'decoding {where}', unit='image') as bar,
     ):
-        for chunk in _chunks(listing, where):
+        for chunk in _chunks(listing, view, where):
             for (i, _), image in zip(chunk, pool.map(decode, chunk), strict=True):
                 if out is None:
                     first = i
@@ -217,15 +217,16 @@ def _decode(listing: Listing, view: View | None, where: str) -> torch.Tensor:
     return torch.from_numpy(out)
 
 
-def _chunks(listing: Listing, where: str) -> Iterator[list[tuple[int, Image.Image]]]:
-    """Open images until they would be too many, too many pixels or too many bytes to decode at a time."""
+def _chunks(listing: Listing, view: View | None, where: str) -> Iterator[list[tuple[int, Image.Image]]]:
+    """Open images until they would be too many, or too many pixels or bytes to decode and bring to size at a time."""
     chunk, pixels, size = [], 0, 0
     for i, blob in listing.source.read(listing.images):
         image = open_image(blob, f'{where}: {listing.images[i].name}')
-        pixels, size = pixels + image.width * image.height, size + len(blob)
+        own = image.width * image.height if view is None else view.pixels(image)
+        pixels, size = pixels + own, size + len(blob)
         if chunk and (len(chunk) == 1024 or pixels > MAX_PIXELS or size > MAX_PIXELS):
             yield chunk
-            chunk, pixels, size = [], image.width * image.height, len(blob)
+            chunk, pixels, size = [], own, len(blob)
         chunk.append((i, image))
     yield chunk
 
