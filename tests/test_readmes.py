@@ -82,17 +82,17 @@ def test_commands_of_the_readme(place, train_script, monkeypatch):
 
 
 def test_python_of_the_readme(place):
-    own, *others = blocks(ROOT / 'README.md', 'python')
+    (own,) = blocks(ROOT / 'README.md', 'python')
     space = {}
     exec(own, space)
     assert isinstance(space['model'], timm.models.ConvNeXt) and space['features'][-1].shape[1] == 64
-    assert len(others) == 1 and 'pipeline' in others[0]  # tests/compat runs the like
 
 
 @pytest.mark.compat
-def test_transformers_of_the_readme(place):
+def test_transformers_of_hub_configs(place):
     pytest.importorskip('transformers')
-    exec(blocks(ROOT / 'README.md', 'python')[1], {})
+    (code,) = blocks(ROOT / 'hub_configs' / 'README.md', 'python')
+    exec(code, {})
 
 
 def test_cifar_as_a_folder(tmp_path, monkeypatch):
