@@ -41,6 +41,8 @@ def test_from_photos_to_the_hub_and_back(hub, train_script, photos, tmp_path):
     results = json.loads((folder / 'results.json').read_text())
     assert results['test']['top1'] == results['last_epoch_top1'] and results['test']['images'] == 8
     card = ModelCard.load(folder / 'README.md')
+    assert ' held-out images, single view' in card.text and 'test images' not in card.text
+    assert card.data.eval_results[0].dataset_split == 'validation'
     assert card.data.datasets is None and 'The first weights are those of `resnet20_saam.cifar10`' in card.text
 
     poolattn('hub', 'publish', folder, '--org', 'org')

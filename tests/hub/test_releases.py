@@ -125,7 +125,7 @@ def test_best_checkpoint_and_moving_average(run_dir, tmp_path):
     torch.testing.assert_close(best['conv1.weight'], model.conv1.weight.data - 0.01)
     results = json.loads((folder / 'results.json').read_text())
     assert results['checkpoint'] == dict(which='best', epoch=0, ema=False)
-    assert 'did best on these test images, which flatters the accuracy' in (folder / 'README.md').read_text()
+    assert 'did best on these images, which flatters the accuracy' in (folder / 'README.md').read_text()
 
     checkpoint = torch.load(run_dir / 'last.pth.tar', weights_only=False)
     checkpoint['state_dict_ema'] = {f'_orig_mod.{k}': torch.zeros_like(w) for k, w in checkpoint['state_dict'].items()}

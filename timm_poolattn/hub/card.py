@@ -91,7 +91,7 @@ def metadata(results: dict[str, Any]) -> ModelCardData:
                 task_type='image-classification',
                 dataset_type=facts['hub_id'],
                 dataset_name=facts['title'],
-                dataset_split='test',
+                dataset_split='test' if tag in DATASETS else results['arguments'].get('val_split') or 'validation',
                 metric_type='accuracy',
                 metric_name='Top-1 accuracy (%)',
                 metric_value=results['test']['top1'],
