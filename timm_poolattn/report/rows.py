@@ -74,9 +74,8 @@ def measured_runs(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> li
     Returns:
         For each `top1`, `spread` (standard deviation over the seeds; None for one), `seeds`, `epochs`, `recipe`,
         `selected` (the best epoch's weights), `hardware`, `minutes`, `model`, `is_released` (its model card is that of
-        one of these runs), and `gain`: how far it is above the
-        backbone without its gates, trained alike; `difference`, `error` (its standard error; None for one seed), and
-        `plain_seeds`. None where that was not run.
+        one of these runs), and `gain`: how far it is above the backbone without its gates, trained alike; `difference`,
+        `error` (its standard error; None for one seed), and `plain_seeds`. None where that was not run.
     """
     groups = defaultdict(list)
     for r in results_of(args, results):
@@ -85,6 +84,7 @@ def measured_runs(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> li
     if groups and (backbone := _plain_of(args)):
         for r in results_of(backbone, results):
             plain[_training(r)].append(r)
+    released = released_results() if groups else {}
     measured = []
     for (training, _), runs in groups.items():
         first = runs[0]
@@ -97,7 +97,7 @@ def measured_runs(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> li
             hardware=first['hardware'],
             minutes=round(statistics.mean(r['wall_time_s'] for r in runs) / 60),
             model=model,
-            is_released=released_results().get(model) in runs,
+            is_released=released.get(model) in runs,
             gain=None,
         )
         if plain[training]:
