@@ -8,6 +8,8 @@ from ..utils import MissingFileError, UserError, released
 
 #: results.json of the runs that no release folder holds, one file each.
 RESULTS_DIR = Path(__file__).parent / 'results'
+#: What train_scripts/insert_gates.py measured, one file for each run.
+INSERTIONS_DIR = RESULTS_DIR / 'insertions'
 
 
 def read_results(path: str | Path) -> dict[str, Any]:

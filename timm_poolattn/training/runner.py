@@ -232,7 +232,10 @@ def _create_model(
             load_checkpoint(model, start)
             doing = f'--model {name} with these arguments'
         if not getattr(args, 'naflex_loader', False):  # whose models take no images
-            _check_output(model, resolve_data_config(vars(args), model=model)['input_size'])
+            config = resolve_data_config(vars(args), model=model)
+            _check_output(model, config['input_size'])
+            if not read_pretrained_cfg(name):  # an entrypoint of the user's own, of which only the model knows them
+                args.input_size, args.interpolation = config['input_size'], config['interpolation']
     except UserError:
         raise
     except Exception as e:  # of timm's, of the model's and of the Hub's own kinds

@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Insert gates into a trained plain network and fine-tune it, beside the plain network fine-tuned alike.
+
+    python train_scripts/insert_gates.py --data-dir cifar10/ --model resnet20.cifar10 --epochs 3 [ARGUMENTS OF TRAIN.PY]
+
+Each gate of --gates starts without effect (`identity_init`), so every run starts at the plain network's accuracy. The
+accuracy is that of the last epoch. A run with a results file is done; the others go on from their last whole epoch, so
+after any interruption the same command does the rest. `python -m timm_poolattn.report.readme_tables` makes the table of
+timm_poolattn/models/README.md from the files.
+"""
+
+import json
+from pathlib import Path
+
+import click
+import timm
+import torch
+from timm.models import register_model
+from torch import nn
+
+import timm_poolattn
+from timm_poolattn.layers import GATES
+from timm_poolattn.report.results import INSERTIONS_DIR
+from timm_poolattn.training import read_run, train
+from timm_poolattn.utils import write_text
+
+LEARNING_RATE = 0.01  # a third of the recipe's
+
+
+@register_model
+def inserted(pretrained: bool = False, base: str = '', gate: str = '', **kwargs) -> nn.Module:
+    """Build `base` with its weights, and insert `gate`, if it names one."""
+    model = timm.create_model(base, pretrained=True, **kwargs)
+    return timm_poolattn.insert(model, gate) if gate else model
+
+
+def fine_tune(model: str, gate: str, seed: int, epochs: int, data_dir: str, runs: Path, train_args: list[str]) -> dict:
+    """Train one; returns what its results file holds."""
+    name = f'{model}-{gate or "plain"}-{seed}'
+    kwargs = [f"base='{model}'", *([f"gate='{gate}'"] if gate else [])]
+    argv = ['--model', 'inserted', '--model-kwargs', *kwargs, '--lr', str(LEARNING_RATE), '--epochs', str(epochs)]
+    argv += ['--seed', str(seed), '--data-dir', data_dir, '--val-split', 'test', '--output', str(runs)]
+    run = read_run(train([*argv, '--experiment', name, '--resume', 'auto', *train_args], recipe='cpu', crop_padding=2))
+    torch.compiler.reset()  # the next network is another one, not one more shape of this one
+    result = dict(
+        model=model,
+        gate=gate,
+        epochs=len(run.curve),
+        parameters=sum(p.numel() for p in run.untrained_model().parameters()),
+        top1=run.curve[-1]['eval_top1'],
+        curve=run.curve,
+    )
+    return {**result, **{k: v for k, v in run.record.items() if k != 'classes'}}
+
+
+@click.command(context_settings=dict(ignore_unknown_options=True))
+@click.option('--data-dir', required=True, help='A folder with train/ and test/, by class.')
+@click.option('--model', required=True, help='A trained plain network, such as resnet20.cifar10.')
+@click.option('--epochs', required=True, type=click.IntRange(1))
+@click.option('--gates', default=','.join(['spem', 'saam', 'fa', *(g for g in GATES if g not in ('spem', 'saam'))]))
+@click.option('--seeds', default='42,43', show_default=True)
+@click.option('--runs', default='runs', show_default=True, type=click.Path(path_type=Path), help='Their folder.')
+@click.argument('train_args', nargs=-1, type=click.UNPROCESSED)
+def main(data_dir: str, model: str, epochs: int, gates: str, seeds: str, runs: Path, train_args: tuple[str]) -> None:
+    """Fine-tune MODEL plain and with each of the gates, for each seed. See the head of this file."""
+    new = 0
+    for seed in map(int, seeds.split(',')):
+        for gate in ['', *gates.split(',')]:
+            path = INSERTIONS_DIR / f'{model}-{gate or "plain"}-{seed}.json'
+            if path.is_file():
+                continue
+            result = fine_tune(model, gate, seed, epochs, data_dir, runs, list(train_args))
+            write_text(path, json.dumps(result, indent=2) + '\n')
+            click.echo(f'{model} {gate or "plain"} seed {seed}: {result["top1"]:.2f}% -> {path}')
+            new += 1
+    click.echo(f'{new} runs -> {INSERTIONS_DIR}')
+
+
+if __name__ == '__main__':
+    main()
