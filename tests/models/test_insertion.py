@@ -10,7 +10,7 @@ from torch.ao import quantization
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import timm_poolattn
-from timm_poolattn.layers import Focus
+from timm_poolattn.layers import Focus, FocusAssociation
 from timm_poolattn.models import FAMILIES
 from timm_poolattn.models.insertion import InsertedGate, InsertedStage
 from timm_poolattn.utils import UserError
@@ -312,7 +312,38 @@ def test_images_of_one_height(gate):
             timm_poolattn.insert(OneHeight(channels_last=True), gate)
 
 
-@pytest.mark.parametrize('name', ['resnet20', 'resnet20_fa', 'vgg19_se', 'inception_v4_se', 'resnet50_fa'])
+@pytest.mark.parametrize('name', ['resnet20', 'resnet56_se', 'resnet164_spem', 'resnext29', 'inception_v4_se'])
+@pytest.mark.parametrize('features_only', [False, True])
+def test_fa_in_our_own_networks_is_that_of_their_constructor(name, features_only):
+    model = timm.create_model(name, features_only=features_only).eval()
+    state, expected, modules = model.state_dict(), as_list(model(X)), repr(model)
+    timm_poolattn.insert(model, 'fa')
+    assert all(u.equal(v) for u, v in zip(as_list(model(X)), expected, strict=True))
+    with pytest.raises(UserError, match='has inserted gates already'):
+        timm_poolattn.insert(model, 'fa')
+    arch, _, gate = name.partition('_')
+    if not features_only and gate in ('', 'se') and arch != 'inception':
+        flavour = dict(flavour=model.flavour)
+        built = timm.create_model(f'{arch}_{"fase" if gate else "fa"}', **flavour)
+        fas = {n: p.shape for n, p in model.named_parameters() if not n.endswith('alpha')}
+        assert fas == {n: p.shape for n, p in built.named_parameters()}
+    for module in model.modules():
+        if isinstance(module, FocusAssociation):
+            nn.init.ones_(module.alpha)
+    assert not as_list(model(X))[-1].equal(expected[-1])
+    sum(y.square().mean() for y in as_list(model.train()(X))).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    timm_poolattn.set_skip_threshold(model, 0.5)
+    timm_poolattn.remove(model.eval())
+    assert repr(model) == modules and model.state_dict().keys() == state.keys()
+    model.load_state_dict(state)
+
+
+def as_list(output):
+    return output if isinstance(output, list) else [output]
+
+
+@pytest.mark.parametrize('name', ['resnet20_fa', 'vgg19_se', 'resnet50_fa'])
 def test_own_networks_have_fa_from_their_constructor(name):
     with pytest.raises(UserError, match=r"gets FA when it is built: timm\.create_model\(name, gate='fa'\)"):
         timm_poolattn.insert(timm.create_model(name, device='meta'), 'fa')

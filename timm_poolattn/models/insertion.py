@@ -64,6 +64,10 @@ class InsertedStage(Stage):
         return self.run_blocks(x, x)
 
 
+class InsertedFA(FocusAssociation):
+    """FA in a network of ours that was built without; `remove` tells it from FA that was built in."""
+
+
 class _Probe(nn.Module):
     """Stands where a gate could, and reports each map that passes."""
 
@@ -91,15 +95,16 @@ def insert(model: nn.Module, gate: str, *, identity_init: bool = True, **gate_kw
 
     A channel gate goes where a block has its drop_path: at the end of the residual branch, before the shortcut is
     added, as the papers have it. FA goes over every run of blocks that keep their input's shape: each gets a k_i, and
-    the block before them is the benchmark B_0 (Eq. 2-9). Whole stages (Fig. 4) get none, as their input matched
-    in shape is inside their first block. FA in a network with SE, such as seresnet50, is the paper's FA-SE.
+    the block before them is the benchmark B_0 (Eq. 2-9). Whole stages (Fig. 4) get theirs in our own CIFAR networks;
+    in timm's their input matched in shape is inside their first block. FA in a network with SE, such as seresnet50, is
+    the paper's FA-SE.
 
     Forward passes of noise find the blocks first, at two image sizes where the model takes more than one. A model that
     does not fit is refused and stays as it was; README.md beside this file says which of timm's do. Every module keeps
     its mode, and a gate gets the mode, device and dtype of its block.
 
-    Channel gates leave the names of the model's own parameters as they are; FA puts those of a run's blocks into one
-    module. So load a checkpoint of the plain model first. timm's layer-wise learning rates take a run as one layer.
+    Channel gates leave the names of the model's own parameters as they are; FA puts those of a run's blocks, in timm's
+    networks, into one module. So load a checkpoint of the plain model first. timm's layer-wise learning rates take a run as one layer.
 
     Args:
         model: a timm CNN with (B, C, H, W) feature maps, such as resnet, resnetv2, resnext, regnet, convnext or
@@ -117,18 +122,20 @@ def insert(model: nn.Module, gate: str, *, identity_init: bool = True, **gate_kw
             scripted, traced, distributed or offloaded, or one whose blocks cannot carry the gate.
     """
     look_up('gate', gate, (*GATES, 'fa'))
-    if any(isinstance(m, InsertedGate | InsertedStage) for m in model.modules()):
+    if any(isinstance(m, InsertedGate | InsertedStage | InsertedFA) for m in model.modules()):
         raise UserError('the model has inserted gates already; timm_poolattn.remove(model) takes them out')
     _check_open(model)
+    gate_kwargs = dict(identity_init=identity_init, **gate_kwargs)
+    modes = {m: m.training for m in model.modules()}
     if gate == 'fa' and any(isinstance(m, Stage | StagedNet) for m in model.modules()):
-        raise UserError(f"{type(model).__name__} gets FA when it is built: timm.create_model(name, gate='fa')")
+        _fill_stages(model, gate_kwargs)
+        _set_modes(model, modes)
+        return model
     blocks = [m for m in model.modules() if isinstance(getattr(m, 'drop_path', 0), nn.Module | None)]
     wrappers = [m for m in blocks if not any('drop_path' in names for names in (vars(m), m._modules, dir(type(m))))]
     if wrappers and gate == 'fa':
         raise _refusal(model, f'its blocks are wrapped ({type(wrappers[0]).__name__}), insert FA before that')
     blocks = [m for m in blocks if m not in wrappers]  # they hand out the drop_path of the block in them
-    gate_kwargs = dict(identity_init=identity_init, **gate_kwargs)
-    modes = {m: m.training for m in model.modules()}
     if not blocks or not (_insert_fa if gate == 'fa' else _insert_gates)(model, gate, blocks, gate_kwargs):
         raise _refusal(
             model,
@@ -158,6 +165,11 @@ def remove(model: nn.Module) -> nn.Module:
         else:
             for place, block in zip(child.places, child.blocks, strict=True):
                 setattr(module, place, block.block)
+    for module in model.modules():
+        if isinstance(getattr(module, 'fa', None), InsertedFA):
+            _put(module, 'fa', None)
+        if isinstance(module, Stage):
+            module.has_fa = any(block.fa is not None for block in module.blocks)
     return model
 
 
@@ -384,6 +396,24 @@ def _insert_fa(model: nn.Module, gate: str, blocks: list[nn.Module], gate_kwargs
         for block, fa in zip(stage.blocks[1:], fas, strict=True):
             block.fa = fa
     return bool(stages)
+
+
+def _fill_stages(model: nn.Module, gate_kwargs: dict[str, Any]) -> None:
+    """Put FA over the blocks and the stages (Fig. 4) of a network of ours."""
+    nets = [m for m in model.modules() if isinstance(m, StagedNet)]
+    open_stages = all(isinstance(stage, Stage) for net in nets for stage in net.stages)
+    if not nets or not open_stages or any(isinstance(m, FocusAssociation) for m in model.modules()):
+        raise UserError(f"{type(model).__name__} gets FA when it is built: timm.create_model(name, gate='fa')")
+    fas: list[tuple[nn.Module, InsertedFA]] = []  # all are made before one is put in
+    for net in nets:
+        for s, (stage, info) in enumerate(zip(net.stages, net.feature_info[int(net.stem_feature) :], strict=False)):
+            gated = [*enumerate(stage.blocks), (s, stage)]
+            fas += [(m, _create(InsertedFA, m, info['num_chs'], i, **gate_kwargs)) for i, m in gated if i]
+    for module, fa in fas:
+        module.fa = fa
+    for stage in (m for m in model.modules() if isinstance(m, Stage)):
+        stage.has_fa = len(stage.blocks) > 1
+        stage.earlier = 0 if stage.fa is None else stage.fa.index - 1
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
