@@ -24,7 +24,7 @@ from timm_poolattn.report.results import INSERTIONS_DIR
 from timm_poolattn.training import read_run, train
 from timm_poolattn.utils import write_text
 
-LEARNING_RATE = 0.01  # a third of the recipe's
+LEARNING_RATE = 0.003  # a tenth of the recipe's: with a third, a trained resnet20 lost 1.4 points in three epochs
 
 
 @register_model

@@ -1,4 +1,4 @@
-"""The generated tables of README.md and of bench/README.md, and all results as one CSV.
+"""The generated tables of the READMEs, and all results as one CSV.
 
 `python -m timm_poolattn.report.readme_tables` writes them, in a checkout.
 """
@@ -7,6 +7,8 @@ import csv
 import io
 import json
 import re
+import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,19 @@ from typing import Any
 from ..papers import paper_top1
 from ..utils import UserError, write_text
 from .page import summary_table
-from .results import RESULTS_DIR, load_results, released_results
+from .results import INSERTIONS_DIR, RESULTS_DIR, load_results, released_results
 from .rows import recipe_name, report_rows
 
 _PACKAGE = Path(__file__).parents[1]
 #: The files with tables between marks.
 READMES = tuple(
-    _PACKAGE.parent / name for name in ('README.md', 'hub_configs/README.md', 'timm_poolattn/bench/README.md')
+    _PACKAGE.parent / name
+    for name in (
+        'README.md',
+        'hub_configs/README.md',
+        'timm_poolattn/bench/README.md',
+        'timm_poolattn/models/README.md',
+    )
 )
 RESULTS_CSV = RESULTS_DIR / 'results.csv'
 
@@ -98,10 +106,30 @@ def benchmark_tables() -> str:
     return '\n\n'.join(tables)
 
 
+def insertions_table() -> str:
+    """Return trained plain networks with inserted gates, each fine-tuned as long as the plain one beside it."""
+    runs: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(INSERTIONS_DIR.glob('*.json')):
+        run = json.loads(path.read_text())
+        runs[run['model'], run['epochs']][run['gate']].append(run)
+    rows = []
+    for (model, epochs), gates in runs.items():
+        before, plain = released_results()[model]['test']['top1'], {r['seed']: r['top1'] for r in gates['']}
+        for gate in sorted(gates, key=lambda gate: (gate != '', gate)):
+            top1 = {r['seed']: r['top1'] for r in gates[gate]}
+            mean = f'{statistics.mean(top1.values()):.2f}'
+            less = ', '.join(f'{top1[seed] - plain[seed]:+.2f}' for seed in sorted(top1) if gate and seed in plain)
+            parameters = f'{gates[gate][0]["parameters"]:,}'
+            rows.append([f'`{model}`', gate or 'none', parameters, f'{before:.2f}', str(epochs), mean, less])
+    columns = ['network', 'gate', 'parameters', 'top-1 before (%)', 'epochs', 'after, mean', 'less none, for each seed']
+    return _table(columns, rows)
+
+
 def readme_tables() -> dict[str, str]:
     """Write the generated tables, by the name that `with_tables` finds their marks by."""
     papers = summary_table(report_rows(load_results()))
-    return dict(models=models_table(), papers=papers, speed=speed_table(), benchmarks=benchmark_tables())
+    tables = dict(models=models_table(), papers=papers, speed=speed_table(), benchmarks=benchmark_tables())
+    return dict(tables, insertions=insertions_table())
 
 
 def with_tables(text: str, tables: dict[str, str]) -> str:
