@@ -3,13 +3,14 @@
 
     python train_scripts/insert_gates.py --data-dir cifar10/ --model resnet20.cifar10 --epochs 3 [ARGUMENTS OF TRAIN.PY]
 
-Each gate of --gates starts without effect (`identity_init`), so every run starts at the plain network's accuracy. The
+Each --gate starts without effect (`identity_init`), so every run starts at the plain network's accuracy. The
 accuracy is that of the last epoch. A run with a results file is done; the others go on from their last whole epoch, so
 after any interruption the same command does the rest. `python -m timm_poolattn.report.readme_tables` makes the table of
 timm_poolattn/models/README.md from the files.
 """
 
 import json
+from itertools import product
 from pathlib import Path
 
 import click
@@ -20,10 +21,12 @@ from torch import nn
 
 import timm_poolattn
 from timm_poolattn.layers import GATES
+from timm_poolattn.models import check_model_name
 from timm_poolattn.report.results import INSERTIONS_DIR
 from timm_poolattn.training import read_run, train
-from timm_poolattn.utils import write_text
+from timm_poolattn.utils import UserError, look_up, write_text
 
+KINDS = (*GATES, 'fa')
 LEARNING_RATE = 0.003  # a tenth of the recipe's: with a third, a trained resnet20 lost 1.4 points in three epochs
 
 
@@ -57,15 +60,18 @@ def fine_tune(model: str, gate: str, seed: int, epochs: int, data_dir: str, runs
 @click.option('--data-dir', required=True, help='A folder with train/ and test/, by class.')
 @click.option('--model', required=True, help='A trained plain network, such as resnet20.cifar10.')
 @click.option('--epochs', required=True, type=click.IntRange(1))
-@click.option('--gates', default=','.join(['spem', 'saam', 'fa', *(g for g in GATES if g not in ('spem', 'saam'))]))
-@click.option('--seeds', default='42,43', show_default=True)
+@click.option('--gate', 'gates', multiple=True, default=KINDS, help='Default: each of them.')
+@click.option('--seed', 'seeds', type=int, multiple=True, default=(42, 43), show_default=True)
 @click.option('--runs', default='runs', show_default=True, type=click.Path(path_type=Path), help='Their folder.')
 @click.argument('train_args', nargs=-1, type=click.UNPROCESSED)
-def main(data_dir: str, model: str, epochs: int, gates: str, seeds: str, runs: Path, train_args: tuple[str]) -> None:
+def main(data_dir: str, model: str, epochs: int, gates: tuple, seeds: tuple, runs: Path, train_args: tuple) -> None:
     """Fine-tune MODEL plain and with each of the gates, for each seed. See the head of this file."""
     new = 0
-    for seed in map(int, seeds.split(',')):
-        for gate in ['', *gates.split(',')]:
+    try:
+        check_model_name(model)
+        for gate in gates:
+            look_up('gate', gate, KINDS)
+        for seed, gate in product(seeds, ('', *gates)):
             path = INSERTIONS_DIR / f'{model}-{gate or "plain"}-{seed}.json'
             if path.is_file():
                 continue
@@ -73,6 +79,8 @@ def main(data_dir: str, model: str, epochs: int, gates: str, seeds: str, runs: P
             write_text(path, json.dumps(result, indent=2) + '\n')
             click.echo(f'{model} {gate or "plain"} seed {seed}: {result["top1"]:.2f}% -> {path}')
             new += 1
+    except UserError as e:
+        raise click.ClickException(str(e)) from e
     click.echo(f'{new} runs -> {INSERTIONS_DIR}')
 
 

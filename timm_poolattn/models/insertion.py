@@ -104,7 +104,8 @@ def insert(model: nn.Module, gate: str, *, identity_init: bool = True, **gate_kw
     its mode, and a gate gets the mode, device and dtype of its block.
 
     Channel gates leave the names of the model's own parameters as they are; FA puts those of a run's blocks, in timm's
-    networks, into one module. So load a checkpoint of the plain model first. timm's layer-wise learning rates take a run as one layer.
+    networks, into one module. So load a checkpoint of the plain model first. timm's layer-wise learning rates take a
+    run as one layer.
 
     Args:
         model: a timm CNN with (B, C, H, W) feature maps, such as resnet, resnetv2, resnext, regnet, convnext or

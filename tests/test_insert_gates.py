@@ -1,0 +1,70 @@
+"""train_scripts/insert_gates.py: what it trains, records and skips, and the table that is made of it."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+from click.testing import CliRunner
+
+from timm_poolattn.report import readme_tables
+
+SCRIPT = Path(__file__).parents[1] / 'train_scripts' / 'insert_gates.py'
+
+
+@pytest.fixture(scope='module')
+def script(tmp_path_factory):
+    """The script as a module whose results lie in a folder of their own."""
+    spec = importlib.util.spec_from_file_location('insert_gates', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    results = tmp_path_factory.mktemp('results')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, 'insert_gates', module)
+        spec.loader.exec_module(module)
+        for user in (module, readme_tables):
+            patch.setattr(user, 'INSERTIONS_DIR', results)
+        yield module
+
+
+def test_trains_records_and_goes_on(script, cifar10_few, train_script, tmp_path, monkeypatch):
+    monkeypatch.setenv('TIMM_TRAIN_SCRIPT', str(train_script))
+    results = script.INSERTIONS_DIR
+    argv = ['--data-dir', str(cifar10_few), '--model', 'resnet20.cifar10', '--seed', '1', '--runs', str(tmp_path)]
+    argv += ['--epochs', '1', '--batch-size', '8']
+    done = CliRunner().invoke(script.main, [*argv, '--gate', 'fa'], catch_exceptions=False)
+    assert done.output.endswith(f'2 runs -> {results}\n')
+    plain, fa = (json.loads((results / f'resnet20.cifar10-{g}-1.json').read_text()) for g in ('plain', 'fa'))
+    n = sum(p.numel() for p in timm.create_model('resnet20_fa', flavour='saam').parameters())
+    assert (plain['parameters'], fa['parameters']) == (272762, n + 3 * 2 + 2)  # an alpha for each gated block and stage
+    assert fa['arguments']['lr'] == script.LEARNING_RATE and plain['epochs'] == 1
+    assert all(
+        run['curve'][-1]['eval_top1'] == run['top1'] >= 50 for run in (plain, fa)
+    )  # it starts from trained weights
+    again = CliRunner().invoke(script.main, [*argv, '--gate', 'fa'], catch_exceptions=False)
+    assert again.output == f'0 runs -> {results}\n'
+    fa['top1'], plain['top1'] = 93.0, 92.5
+    for run in (plain, fa):
+        path = results / f'resnet20.cifar10-{run["gate"] or "plain"}-1.json'
+        path.write_text(json.dumps(run))
+    assert readme_tables.insertions_table().splitlines()[2:] == [
+        '| `resnet20.cifar10` | none | 272,762 | 92.48 | 1 | 92.50 |  |',
+        f'| `resnet20.cifar10` | fa | {n + 8:,} | 92.48 | 1 | 93.00 | +0.50 |',
+    ]
+
+
+@pytest.mark.parametrize(
+    ('given', 'said'),
+    [
+        (dict(gate='saan'), "unknown gate 'saan'; choose from se,"),
+        (dict(model='resnet21.cifar10'), "unknown model 'resnet21.cifar10'; nearest: resnet"),
+        (dict(), "no split 'train'"),
+        (dict(seed='one'), "'one'"),
+    ],
+)
+def test_mistakes_are_named(script, train_script, tmp_path, monkeypatch, given, said):
+    monkeypatch.setenv('TIMM_TRAIN_SCRIPT', str(train_script))
+    argv = {'data-dir': str(tmp_path), 'epochs': 1, 'model': 'resnet20.cifar10', 'gate': 'saam', **given}
+    done = CliRunner().invoke(script.main, [f'--{k}={v}' for k, v in argv.items()], catch_exceptions=False)
+    assert done.exit_code and said in done.output and done.output.startswith(('Error', 'Usage'))
