@@ -27,6 +27,8 @@ from timm_poolattn.models._stage import Stage
 from timm_poolattn.models.cifar_vgg import VggBlock
 from timm_poolattn.utils import UserError
 
+from ..test_readmes import ROOT, blocks
+
 # the last two are of timm's own layers: a tool that failed on them would not be ours to mend
 NAMES = ['resnet20', 'resnet20_saam', 'resnet20_spem', 'resnet20_fa', 'resnet20_cbam', 'resnet20_sge', 'resnet20_srm']
 NAMES += ['resnet20_fase', 'resnet20_se2']
@@ -225,6 +227,20 @@ def test_distributed(name, process_group):
             timm_poolattn.insert(wrapped, 'saam')
         with pytest.raises(UserError, match='shares the parameters'):
             timm_poolattn.remove(wrapped)
+
+
+@pytest.mark.parametrize('name', ['resnet20_spem', 'resnet20_saam', 'resnet20_fa', 'resnet20_fase'])
+def test_sharding_by_block(name, process_group):
+    """FSDP2 as the README of the models has it."""
+    (code,) = (
+        code for code in blocks(ROOT / 'timm_poolattn' / 'models' / 'README.md', 'python') if 'fully_shard' in code
+    )
+    model, x, scope = timm.create_model(name).eval(), torch.randn(2, 3, 32, 32), {}
+    expected = step(model, x)
+    exec(code, scope)
+    sharded = scope['shard'](copy.deepcopy(model), mesh=init_device_mesh('cpu', (1,)))
+    sharded(x).square().sum().backward()
+    torch.testing.assert_close({n: p.grad.full_tensor() for n, p in sharded.named_parameters()}, expected)
 
 
 @pytest.mark.parametrize('name', NAMES)
