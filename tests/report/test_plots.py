@@ -15,7 +15,7 @@ from timm_poolattn.report.plots import (
     curves,
     curves_figure,
     learned_lambda,
-    read_curve,
+    find_curve,
 )
 from timm_poolattn.utils import released
 
@@ -46,14 +46,14 @@ def lines(figure, title):
 
 class TestCurves:
     def test_epochs_without_evaluation(self, run_dir):
-        curve = read_curve(run_dir)
+        curve = find_curve(run_dir)
         assert [row['epoch'] for row in curve] == [0, 1, 2, 3]
         assert [row.get('eval_top1') for row in curve] == [None, 61, None, 63]
         assert [row['lr'] for row in curve] == [0.1, 0.05, 0.1 / 3, 0.025]
 
     def test_what_is_drawn(self, run_dir):
-        released_curve = read_curve(released()['resnet20_saam.cifar10'])
-        figure = curves_figure({'mine': read_curve(run_dir), 'theirs': released_curve})
+        released_curve = find_curve(released()['resnet20_saam.cifar10'])
+        figure = curves_figure({'mine': find_curve(run_dir), 'theirs': released_curve})
         mine, theirs = lines(figure, 'top-1 error on the test set (%)')
         assert mine == ([1, 3], [39, 37])
         assert theirs[1] == [pytest.approx(100 - row['eval_top1']) for row in released_curve]
@@ -77,7 +77,7 @@ class TestCurves:
             shutil.copytree(run_dir, folder)
         out = tmp_path / 'curves.svg'
         curves([*folders, folders[0] / 'summary.csv'], out)
-        figure = curves_figure({name: read_curve(run_dir) for name in ('_$x_$', *'abcdefghijk')})
+        figure = curves_figure({name: find_curve(run_dir) for name in ('_$x_$', *'abcdefghijk')})
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()][:2] == [r'_\$x_\$', 'a']
         drawn = {(line.get_color(), line.get_marker()) for line in legend.get_lines()[:-2]}
@@ -86,7 +86,7 @@ class TestCurves:
         assert {'a/x/run', 'b/x/run', '0', '8'} <= set(says) and 'test set' in says
 
     def test_one_epoch_is_a_point_that_shows(self, run_dir):
-        figure = curves_figure({name: read_curve(run_dir)[3:] for name in 'ab'})
+        figure = curves_figure({name: find_curve(run_dir)[3:] for name in 'ab'})
         lines = figure.axes[0].get_lines()
         assert {line.get_marker() for line in lines} == {'o', 's'} and {line.get_mfc() for line in lines} == {'none'}
 

@@ -18,7 +18,7 @@ from ..explain.figures import check_suffix, lambda_axes, plain_text, save
 from ..inference import load_pretrained
 from ..layers import SPEM
 from ..papers import DATASETS, model_args, table_rows
-from ..training import read_curve as read_run_curve
+from ..training import read_curve
 from ..utils import MissingFileError, UserError, look_up
 from .results import load_results, read_results
 
@@ -27,7 +27,7 @@ _COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#
 _MARKS = ('o', 's', '^', 'D', 'v', 'p', '*', 'X', '<', '>', 'h')
 
 
-def read_curve(run: str | Path) -> list[dict[str, float]]:
+def find_curve(run: str | Path) -> list[dict[str, float]]:
     """Return the epochs of a run: from its folder's summary.csv, a release folder's results.json, or a results file.
 
     Raises:
@@ -39,7 +39,7 @@ def read_curve(run: str | Path) -> list[dict[str, float]]:
     if not file.is_file():
         what = 'no summary.csv and no results.json in it' if run.is_dir() else 'no such folder or results file'
         raise MissingFileError(f'{run}: {what}; `poolattn train` prints the folder of its run')
-    curve = read_run_curve(file.parent) if file.name == 'summary.csv' else read_results(file)['curve']
+    curve = read_curve(file.parent) if file.name == 'summary.csv' else read_results(file)['curve']
     try:
         curve = [{k: float(v) for k, v in row.items() if v is not None} for row in curve]
         if any('epoch' not in row for row in curve):
@@ -52,13 +52,13 @@ def read_curve(run: str | Path) -> list[dict[str, float]]:
 
 
 def curves(runs: Sequence[str | Path], out: str | Path) -> Path:
-    """Draw the curves of runs (see `read_curve`) on shared axes into `out`, a PNG, SVG or PDF file.
+    """Draw the curves of runs (see `find_curve`) on shared axes into `out`, a PNG, SVG or PDF file.
 
     Raises:
-        MissingFileError, UserError: as `read_curve` and `save`.
+        MissingFileError, UserError: as `find_curve` and `save`.
     """
     check_suffix(out)
-    read = {_place(run): read_curve(run) for run in runs}
+    read = {_place(run): find_curve(run) for run in runs}
     return save(curves_figure(dict(zip(_labels(list(read)), read.values(), strict=True))), out)
 
 
