@@ -14,8 +14,8 @@ from timm_poolattn.report.plots import (
     ablation_points,
     curves,
     curves_figure,
-    learned_lambda,
     find_curve,
+    learned_lambda,
 )
 from timm_poolattn.utils import released
 

@@ -65,6 +65,7 @@ def refused(train_script, data, output, *options, match, kind=UserError, **kwarg
         (['--interpolation', 'evil'], "unknown interpolation 'evil'; choose from nearest, "),
         (['--num-classes', 0], '--num-classes is 0, and must be at least 1'),
         (['--wieght-decay', 5], "^unknown argument '--wieght-decay'; nearest: --weight-decay"),
+        (['--epochs', 3, '--start-epoch', 3], '--start-epoch 3: counted from 0, the last of --epochs 3 is 2'),
         (['--epohcs=3'], "^unknown argument '--epohcs'; nearest: --epochs"),
         (['--epochs', 'x'], "train.py: argument --epochs: invalid int value: 'x'; `python train.py -h` describes"),
         (['--kd-distill-type', 'x'], 'train.py: argument --kd-distill-type: invalid choice'),

@@ -209,6 +209,9 @@ def check_arguments(args: argparse.Namespace) -> None:
             if number is not None and not low <= number <= high:
                 bound = f'{low:g} to {high:g}' if high < math.inf else f'at least {low:g}'
                 raise UserError(f'--{name.replace("_", "-")} is {number:g}, and must be {bound}')
+    last = args.epochs + (args.cooldown_epochs or 0)
+    if (args.start_epoch or 0) >= last:
+        raise UserError(f'--start-epoch {args.start_epoch}: counted from 0, the last of --epochs {last} is {last - 1}')
     channels = args.input_size[0] if args.input_size else 3
     if (args.in_chans or channels) != channels:
         raise UserError(f'--in-chans {args.in_chans} and --input-size of {channels} channels: give one of them')
