@@ -225,7 +225,7 @@ def evaluation_loader(
 def evaluate(
     model: nn.Module, data: ImageData, *, batch_size: int = 500, device: torch.device | str = 'cpu'
 ) -> dict[str, float]:
-    """Accuracy on every image of `data`, single view.
+    """Measure the accuracy on every image of `data`, single view.
 
     Images that `load_images` read as they are get the model's size here, so that there is one result for them.
 
@@ -265,7 +265,7 @@ def evaluate(
 
 
 def calibration_error(confidence: torch.Tensor, hit: torch.Tensor, bins: int = 15) -> float:
-    """Expected calibration error in %: how far confidence lies from accuracy, on average over bins of confidence.
+    """Return the expected calibration error in %: how far confidence lies from accuracy, on average over its bins.
 
     Paper: `On Calibration of Modern Neural Networks` - https://arxiv.org/abs/1706.04599 (Eq. 3)
 

@@ -77,7 +77,7 @@ class Run:
         return any((r['model'], r['tag'], r.get('recipe'), r['seed']) == mine for r in load_results())
 
     def commands(self, data_root: Path, device: str) -> Iterator[list[str]]:
-        """What is left to do, each to be run when the one before it has succeeded."""
+        """Yield what is left to do, each to be run when the one before it has succeeded."""
         poolattn = [sys.executable, '-m', 'timm_poolattn']
         name, start = f'{self.model}.{self.data}', self.folder / 'warm-start.safetensors'
         begin = ['--resume', 'auto']
@@ -95,7 +95,7 @@ class Run:
 
 
 def read_manifest(path: Path, runs: Path) -> list[Run]:
-    """The manifest's runs in its order, but for those that are done."""
+    """Return the manifest's runs in its order, but for those that are done."""
     todo = []
     for entry in yaml.safe_load(path.read_text()):
         for model, data, seed in product(entry['models'], entry['data'], entry.get('seeds', [42])):
@@ -109,7 +109,7 @@ def read_manifest(path: Path, runs: Path) -> list[Run]:
 
 
 def seconds_per_image(model: str, device: str, batch_size: int = 128, steps: int = 3) -> tuple[float, int]:
-    """Of training, and the device memory that it takes in bytes (0 on a CPU), measured in a few steps."""
+    """Measure training in a few steps, and the device memory that it takes in bytes (0 on a CPU)."""
     net = timm.create_model(model).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
     input = torch.randn(batch_size, *net.default_cfg['input_size'], device=device)
@@ -130,7 +130,7 @@ def seconds_per_image(model: str, device: str, batch_size: int = 128, steps: int
 
 
 def make_plan(todo: list[Run], data_root: Path, device: str, jobs: int | None) -> tuple[list[float], int]:
-    """Seconds that each run still takes if it had the device to itself, and how many run at once."""
+    """Return seconds that each run still takes if it had the device to itself, and how many run at once."""
     torch.set_num_threads(1)  # a run on the CPU has one
     measured = {
         model: seconds_per_image(model, device)
@@ -175,7 +175,7 @@ class Job:
         return subprocess.Popen(command, env=self.env, pass_fds=fds, start_new_session=True, **streams)
 
     def poll(self) -> int | None:
-        """None while it goes on, else the exit code."""
+        """Return None while it goes on, else the exit code."""
         code = self.process.poll()
         if code != 0:
             return code

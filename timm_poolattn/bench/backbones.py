@@ -19,7 +19,7 @@ def plain_name(name: str) -> str | None:
 
 
 def plain_args(name: str) -> dict[str, Any]:
-    """Arguments of timm.create_model for the backbone of `name` without its gate, or for `name` where it has none.
+    """Return arguments of timm.create_model for the backbone of `name` without its gate, if it has one.
 
     The form of a backbone depends on the paper that a gate comes from: `flavour`.
     """

@@ -39,7 +39,7 @@ class _Copy(nn.Module):
 
 
 def _map_sizes(models: Sequence[str]) -> dict[tuple[int, int], str]:
-    """Channels and side of the maps that the stages of `models` have, with the first model that has each."""
+    """Return channels and side of the maps that the stages of `models` have, with the first model that has each."""
     sizes: dict[tuple[int, int], str] = {}
     for name in models:
         look_up('model', name, timm.list_models())

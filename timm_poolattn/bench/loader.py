@@ -77,7 +77,7 @@ def bench_loader(
 
 
 def loading_rate(loader: Iterable, seconds: float, *, by_epoch: bool, clock: Callable[[], float] = timer) -> float:
-    """Images/s: over whole epochs until `seconds` are over, or from the second batch of one on.
+    """Measure images/s: over whole epochs until `seconds` are over, or from the second batch of one on.
 
     Args:
         loader: of pairs of images and targets.

@@ -25,7 +25,7 @@ _AUTHORS = 'SPEM authors'
 
 
 def _spem_authors(folder: Path) -> nn.Module:
-    """ResNet-164 with SPEM as its authors publish it, from a checkout of Qrange-group/SPEM."""
+    """Build ResNet-164 with SPEM as its authors publish it, from a checkout of Qrange-group/SPEM."""
     file = folder / 'models' / 'spem.py'
     if not file.is_file():
         raise MissingFileError(f'{file}: not there; --spem-authors takes a checkout of github.com/Qrange-group/SPEM')
@@ -121,7 +121,7 @@ def _measure(
     device: torch.device,
     repeats: int,
 ) -> list[dict[str, Any]]:
-    """Rows of `bench_models` for one layout and dtype; the first of `eager` is the plain backbone."""
+    """Measure the rows of `bench_models` for one layout and dtype; the first of `eager` is the plain backbone."""
     plain, *_ = eager
     torch.compiler.reset()  # or the limit of recompilations ends the compiled ones
     modules = {(label, 'eager'): module for label, module in eager.items()}

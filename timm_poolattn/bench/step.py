@@ -80,7 +80,7 @@ def _with_and_without_gate(name: str) -> list[dict[str, Any]]:
 def _step(
     model: nn.Module, mode: str, batch_size: int, device: torch.device, dtype: torch.dtype, compile_mode: str | None
 ) -> Callable[[], None]:
-    """A warm training step of `model`."""
+    """Make a warm training step of `model`."""
     level = MODES.index(mode)
     layout = torch.channels_last if level >= 1 else torch.contiguous_format
     task = PenaltyTask(model.to(memory_format=layout), nn.CrossEntropyLoss(), device=device, verbose=False).train()
@@ -106,7 +106,7 @@ def _step(
 
 
 def _floor(model: nn.Module, batch_size: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What a step cannot cost less than, at this device's own speed."""
+    """Return what a step cannot cost less than, at this device's own speed."""
     on_cuda = device.type == 'cuda'
     autocast = torch.autocast('cuda', dtype=dtype) if on_cuda else nullcontext()  # what the fastest mode there runs in
     input = torch.randn(batch_size, *model.pretrained_cfg['input_size'], device=device)

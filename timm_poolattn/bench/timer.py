@@ -10,7 +10,7 @@ Key = TypeVar('Key')
 
 
 def time_in_turns(contenders: dict[Key, Callable[[], Any]], repeats: int) -> dict[Key, list[float]]:
-    """Seconds of each contender in each of `repeats` turns.
+    """Return seconds of each contender in each of `repeats` turns.
 
     Contenders take turns, so that what else the machine does meets all of them alike. Each runs once before, to warm
     up and to compile. The clock waits for a GPU.
@@ -27,5 +27,5 @@ def time_in_turns(contenders: dict[Key, Callable[[], Any]], repeats: int) -> dic
 
 
 def median_ratio(seconds: list[float], reference: list[float]) -> float:
-    """Median over the turns of this time over the reference's in the same turn."""
+    """Return the median over the turns of this time over the reference's in the same turn."""
     return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))

@@ -146,7 +146,7 @@ class ImageFiles(Dataset):
 
 
 def _list_noting(root: Path, split: str, hold_out: bool = True) -> Listing:
-    """`list_split`; what is passed over is said in one line."""
+    """Call `list_split`, and say in one line what is passed over."""
     listing = list_split(root, split, hold_out)
     for note in listing.notes:
         _logger.warning(note)
@@ -238,7 +238,7 @@ def _digest(images: torch.Tensor, targets: torch.Tensor) -> str:
 
 
 def _read_cache(path: Path, fingerprint: str, view: View | None) -> ImageData | None:
-    """The cached data, or None where there is none to be trusted."""
+    """Return the cached data, or None where there is none to be trusted."""
     try:
         if not path.exists():
             return None

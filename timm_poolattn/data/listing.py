@@ -132,7 +132,7 @@ class Archive:
             self.folders[above].add(name)
 
     def _find_root(self) -> str:
-        """The folder of splits or of classes: as far down as there is one folder, of folders, and nothing else."""
+        """Find the folder of splits or of classes: as far down as there is one folder, of folders, and nothing else."""
         place = ''
         while True:
             inside = [n for n in self.folders[place] if join(place, n) in self.folders and not _is_hidden(n)]
@@ -193,7 +193,7 @@ def _damages(path: Path) -> Iterator[None]:
 
 
 def _normal(name: str) -> str | None:
-    """A member's name without '.', '..' and a leading '/'; None if it leads out of the archive."""
+    """Return a member's name without '.', '..' and a leading '/'; None if it leads out of the archive."""
     name = normpath(name.lstrip('/') or '.')
     return None if name.startswith('../') or name == '..' else '' if name == '.' else name
 
@@ -365,7 +365,7 @@ class _Walk:
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
-    """timm's order of classes: 2 before 10, and b before C."""
+    """Give timm's order of classes: 2 before 10, and b before C."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r'(\d+)', name.lower()))], name
 
 
@@ -374,7 +374,7 @@ def _is_below(place: str, folder: str) -> bool:
 
 
 def _hold_out(images: list[_Image], training: bool, where: str) -> list[_Image]:
-    """Every fifth image of each class for evaluation, at least one, the others for training.
+    """Take every fifth image of each class for evaluation, at least one, the others for training.
 
     They are taken in the order of their names' hashes, so that it does not depend on how the names are sorted.
     """

@@ -61,7 +61,7 @@ class BatchErasing:
         self.aspect = aspect
 
     def draw(self, n: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
-        """Boxes for n images: (n, max_count, 4), top, left, bottom and right; empty where nothing is erased."""
+        """Draw boxes for n images: (n, max_count, 4), top, left, bottom and right; empty where nothing is erased."""
         shape = (n, self.max_count, 10)  # as timm does, up to ten attempts at a box that fits
         count = torch.randint(1, self.max_count + 1, (n, 1, 1), generator=generator)
         low, high = self.area
@@ -195,7 +195,7 @@ class ResidentLoader:
         self.mixup.mixup_enabled = enable
 
     def _share(self) -> int:
-        """Images of this rank in an epoch: all ranks have equally many."""
+        """Return the images of this rank in an epoch: all ranks have equally many."""
         n = len(self.dataset)
         return n // self.world_size if self.is_training else -(-n // self.world_size)
 

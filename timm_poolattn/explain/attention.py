@@ -17,7 +17,7 @@ from ..utils import UserError
 
 
 def _factor(out: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
-    """f of out = f * x, constant along `dim`, read where |x| is largest; NaN where x is zero all along."""
+    """Return f of out = f * x, constant along `dim`, read where |x| is largest; NaN where x is zero all along."""
     index = x.abs().argmax(dim, keepdim=True)
     return (out.gather(dim, index) / x.gather(dim, index)).squeeze(dim)
 
@@ -90,14 +90,14 @@ def find_gates(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def block_label(name: str) -> str:
-    """Stage and block by their numbers from 0, as in a gate's module name: '2.1' of 'stages.2.blocks.1.gate'."""
+    """Return stage and block by their numbers from 0: '2.1' of a gate's module name 'stages.2.blocks.1.gate'."""
     block = name.partition('.body')[0]  # a VGG block is a sequence, whose numbers are layers
     return '.'.join(re.findall(r'\d+', block)) or block
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own mode again."""
+    """Set evaluation mode, and afterwards each module's own mode again."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -108,7 +108,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _skip_threshold(model: nn.Module, name: str) -> tuple[float, bool]:
-    """`set_skip_threshold` as it stands for the FA gate `name`: (threshold, per_sample)."""
+    """Return `set_skip_threshold` as it stands for the FA gate `name`: (threshold, per_sample)."""
     while name:
         name = name.rpartition('.')[0]
         owner = model.get_submodule(name)

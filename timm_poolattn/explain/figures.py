@@ -103,7 +103,7 @@ def explain(paths: Iterable[str | Path], name: str, out: str | Path, compare: Se
 
 
 def _targets(paths: Sequence[Path], out: Path) -> dict[Path, Path]:
-    """The figure's path for each image, no two the same. No image and no file of another's making is among them."""
+    """Return the figure's path for each image: no two the same, no image, and no file of another's making."""
     targets: dict[Path, Path] = {}
     for path in paths:
         stem, count = path.stem, 1
@@ -287,7 +287,7 @@ def _comparison_row(row: SubFigure, account: Account) -> None:
 
 
 def _main_gate(figure: SubFigure, account: Account) -> None:
-    """What tells most of a model's gates, in one row."""
+    """Draw what tells most of a model's gates, in one row."""
     maps = next(filter(None, ((key, account.with_key(key)) for key in MAPS if account.with_key(key))), None)
     if fa := account.with_key('k'):
         _fa_bars(figure, fa)
@@ -322,7 +322,7 @@ def _axes(
     hspace: float = 0.1,
     **kwargs,
 ) -> np.ndarray:
-    """(rows, columns) axes inside margins in inches; the gaps are in parts of an axis, as in matplotlib."""
+    """Make (rows, columns) axes inside margins in inches; the gaps are in parts of an axis, as in matplotlib."""
     width, height = row.bbox.width / row.figure.dpi, row.bbox.height / row.figure.dpi
     margins = dict(left=left / width, right=1 - 0.15 / width, top=1 - top / height, bottom=bottom / height)
     grid = dict(margins, wspace=wspace, hspace=hspace)
@@ -342,7 +342,7 @@ MAPS = dict(
 
 
 def _rows(account: Account, image: Image.Image) -> list[tuple[float, Callable[[SubFigure], None]]]:
-    """The rows of a single model's figure: height in inches and what draws them."""
+    """Return the rows of a single model's figure: height in inches and what draws them."""
     whose = 'Grad-CAM: where the last feature map speaks for its most probable classes (bright: most)'
     rows: list[tuple[float, Callable[[SubFigure], None]]] = [
         (2.3, lambda f: _predictions(f, account, image)),
@@ -395,7 +395,7 @@ def _predictions(figure: SubFigure, account: Account, image: Image.Image) -> Non
 
 
 def _bars(ax: Axes, predictions: Sequence[tuple[str, float]], length: int) -> None:
-    """Probabilities as bars; the names stand above them, where long ones have room."""
+    """Draw probabilities as bars; the names stand above them, where long ones have room."""
     for y, (label, value) in enumerate(predictions):
         ax.barh(y, value, height=0.28, color=_STAGE)
         ax.text(0, y - 0.2, plain_text(label, length), fontsize=9)
@@ -448,7 +448,7 @@ def _block_axis(ax: Axes, labels: Sequence[str]) -> None:
 
 
 def fa_blocks(trace: Trace) -> list[tuple[str, float, bool, bool]]:
-    """Of each FA gate: its label, k, True if it was skipped, True if it is of a whole stage, which comes behind it."""
+    """Return of each FA gate: its label, k, if it was skipped, and if it is of a whole stage, which comes behind it."""
     labels = [block_label(n) for n in trace]
     of_stages = {label for label in labels if any(other.startswith(f'{label}.') for other in labels)}
     order = sorted(range(len(labels)), key=lambda i: (labels[i].split('.')[0], labels[i] in of_stages, i))
@@ -489,7 +489,7 @@ def _fa_bars(figure: SubFigure, trace: Trace) -> None:
 def _map_rows(
     maps: list[tuple[str, np.ndarray]], grey: np.ndarray, caption: str, row_name: str
 ) -> tuple[float, Callable[[SubFigure], None]]:
-    """Small maps: a row for each path or group, in as many lines as the blocks need."""
+    """Draw small maps: a row for each path or group, in as many lines as the blocks need."""
     paths = maps[0][1].shape[0]
     lines = [maps[i : i + _MAPS_IN_ROW] for i in range(0, len(maps), _MAPS_IN_ROW)]
 
@@ -542,7 +542,7 @@ def _weights(figure: SubFigure, trace: Trace) -> None:
 
 
 def _channels(figure: SubFigure, trace: Trace, grey: np.ndarray) -> None:
-    """The channels that the last blocks of the stages raised and lowered most; for SPEM with their extremes."""
+    """Return the channels that the stages' last blocks raised and lowered most; for SPEM with their extremes."""
     last = {block_label(n).split('.')[0]: (block_label(n), t) for n, t in trace.items()}
     shown = list(last.values())[-3:]
     has_extremes = any('argmax' in t for _, t in shown)

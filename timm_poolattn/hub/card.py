@@ -48,7 +48,7 @@ def eval_result(results: dict[str, Any]) -> EvalResultEntry:
 
 
 def _citation(gate: str | None) -> str:
-    """BibTeX of the gate's paper, where CITATION.cff has it."""
+    """Return BibTeX of the gate's paper, where CITATION.cff has it."""
     references = yaml.safe_load((hub_configs_dir().parent / 'CITATION.cff').read_text())['references']
     paper = dict(fase='fa').get(gate, (gate or '').rstrip('24'))
     for reference in references:
@@ -64,7 +64,7 @@ def _yaml(arguments: dict[str, Any]) -> str:
 
 
 def _flags(options: dict[str, Any]) -> str:
-    """Options of `poolattn train` as it takes them."""
+    """Write options of `poolattn train` as it takes them."""
     flags = []
     for name, value in options.items():
         name = name.replace('_', '-')

@@ -137,7 +137,7 @@ def _upload(
     replace: bool,
     collection: str | None,
 ) -> tuple[str, str]:
-    """`Published.status` and `.detail` of a sound release."""
+    """Return `Published.status` and `.detail` of a sound release."""
     step()
     url = f'{api.endpoint}/{repo_id}'
     try:
@@ -208,7 +208,7 @@ def _upload(
 
 
 def _proposal(api: HfApi, folder: Path, repo_id: str, title: str) -> str | None:
-    """The open pull request that proposes these very files, left by a run that was cut short."""
+    """Find the open pull request that proposes these very files, left by a run that was cut short."""
     for pr in api.get_repo_discussions(repo_id, discussion_type='pull_request', discussion_status='open'):
         if pr.title == title:
             there = api.verify_repo_checksums(repo_id, revision=pr.git_reference, local_dir=folder)

@@ -167,7 +167,7 @@ def write_texts(folder: Path, results: dict[str, Any]) -> None:
 
 
 def git_commit() -> str:
-    """HEAD of the checkout that the package lies in, with `-dirty` where its code differs; '' outside a checkout."""
+    """Return HEAD of the package's checkout, with `-dirty` where its code differs; '' outside a checkout."""
     root = Path(__file__).parents[2]
     if not (root / '.git').exists():
         return ''

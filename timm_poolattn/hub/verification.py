@@ -209,7 +209,7 @@ def verify_folder(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A mapping from a JSON file, without NaN, and with each key once."""
+    """Read a mapping from a JSON file, without NaN, and with each key once."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
@@ -382,7 +382,7 @@ class _Release:
             raise UserError(f'config.json: pool_size is {pool!r}, and must be height and width')
 
     def model(self, device: str = 'cpu') -> torch.nn.Module:
-        """As timm builds it from config.json; with its weights, unless on 'meta'."""
+        """Build it as timm does from config.json; with its weights, unless on 'meta'."""
         with torch.device(device):
             return timm.create_model(f'local-dir:{self.folder}', pretrained=device != 'meta').eval()
 

@@ -16,7 +16,7 @@ from .srm import SRM
 
 
 def _reduced(layer: type[nn.Module], channels: int, *, rd_ratio: float, rd_channels: int | None = None, **kwargs):
-    """One of timm's layers, whose own rounding would make one hidden channel of none."""
+    """Build one of timm's layers, whose own rounding would make one hidden channel of none."""
     if rd_channels is None:
         check_rd_ratio(channels, rd_ratio, layer.__name__)
     return layer(channels, rd_ratio=rd_ratio, rd_channels=rd_channels, **kwargs)

@@ -33,7 +33,7 @@ def set_fused_pool(enable: bool = True) -> None:
 
 
 def max_min_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest and smallest value of each map: x (B, C, H, W) -> f_max, f_min, (B, C) each.
+    """Return the largest and smallest value of each map: x (B, C, H, W) -> f_max, f_min, (B, C) each.
 
     Where several positions hold the extreme, amax and amin share its gradient evenly among them. The gathered form
     gives it to one of them, as max pooling does. Both are subgradients, with the same sum.
@@ -60,7 +60,7 @@ def _gathered(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.library.custom_op('timm_poolattn::extreme_positions', mutates_args=())
 def extreme_positions(x: torch.Tensor) -> torch.Tensor:
-    """Positions in H*W of the largest and smallest value of each map: x (B, C, H, W) -> int64, (B, C, 2)."""
+    """Find the positions in H*W of the largest and smallest value of each map: x (B, C, H, W) -> int64, (B, C, 2)."""
     b, c, h, w = x.shape
     if not x.is_cpu or (x.stride(1) != 1 and x.dtype == torch.float32):
         flat = x.flatten(2)

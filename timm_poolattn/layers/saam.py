@@ -63,7 +63,7 @@ class SAAM(nn.Module):
         self.fc2 = nn.Linear(rd_channels, channels, bias=False, **dd)
 
     def score_map(self, x: torch.Tensor) -> torch.Tensor:
-        """V of Eq. 7, shape (B, K, H, W): for each sample and path non-negative, with sum 1 over H, W."""
+        """Return V of Eq. 7, shape (B, K, H, W): for each sample and path non-negative, with sum 1 over H, W."""
         check_channels(x, self.channels, 'SAAM')
         u = self.conv(x.mean(1, keepdim=True))  # Eq. 5, 6
         # a score that overflows float16 would turn the softmax into NaN: take the largest finite number instead

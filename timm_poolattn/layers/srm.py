@@ -37,7 +37,7 @@ class SRM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Zero, as in the authors' code: the gate starts at 1/2."""
+        """Start at zero, as in the authors' code: the gate is 1/2."""
         nn.init.zeros_(self.cfc)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

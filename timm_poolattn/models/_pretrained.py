@@ -62,7 +62,7 @@ def redact(text: str) -> str:
 
 
 def _explain(error: BaseException, repo_id: str, endpoint: str) -> str:
-    """What one exception of huggingface_hub means; '' if it is none of them."""
+    """Say what one exception of huggingface_hub means; '' if it is none of them."""
     where = f'{repo_id} at {endpoint}'
     login = '`hf auth login`, or set HF_TOKEN'
     if isinstance(error, GatedRepoError):

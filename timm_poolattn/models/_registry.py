@@ -22,7 +22,7 @@ _HEAD_ARGS = ('in_chans', 'num_classes')
 
 
 def data_config(tag: str) -> dict[str, Any]:
-    """What timm's PretrainedCfg holds of the data set `tag`; empty for a user's own."""
+    """Return what timm's PretrainedCfg holds of the data set `tag`; empty for a user's own."""
     return {k: v for k, v in DATASETS.get(tag, {}).items() if k in ('num_classes', 'input_size', 'mean', 'std')}
 
 

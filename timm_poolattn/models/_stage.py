@@ -95,7 +95,7 @@ class Stage(nn.Module):
         self.skip_per_sample = True
 
     def forward(self, x: torch.Tensor, stage_ks: list[torch.Tensor]) -> torch.Tensor:
-        """The stage's output. `stage_ks` holds the earlier stages' k; a gated stage appends its own."""
+        """Return the stage's output. `stage_ks` holds the earlier stages' k; a gated stage appends its own."""
         x = self.reduction(x)
         matched = self.shortcut(x)  # X of the stage
         if self.fa is None:
@@ -107,7 +107,7 @@ class Stage(nn.Module):
         return fa_weight(matched, self.run_blocks(x, matched), k)
 
     def run_blocks(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-        """U of the stage."""
+        """Return U of the stage."""
         ks: list[torch.Tensor] = []
         for i, block in enumerate(self.blocks):
             gated = False
@@ -187,7 +187,7 @@ class StagedNet(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regex patterns of parameter groups, by stage where `coarse`, else by block."""
+        """Return regex patterns of parameter groups, by stage where `coarse`, else by block."""
         blocks = [(r'^stages\.(\d+)\.blocks\.(\d+)', None), (r'^stages\.(\d+)', (0,))]
         return dict(stem=self.stem_pattern, blocks=r'^stages\.(\d+)' if coarse else blocks)
 
@@ -220,7 +220,7 @@ class StagedNet(nn.Module):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Features of the stem, if it is one (`stem_feature`), and of the stages.
+        """Return the features of the stem, if it is one (`stem_feature`), and of the stages.
 
         Args:
             x: (B, C, H, W).

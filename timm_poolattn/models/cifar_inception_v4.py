@@ -43,7 +43,7 @@ def pad_to_size(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _conv(in_chs: int, out_chs: int, kernel_size, stride: int = 1, padding=None, seven: int = 7, **dd) -> nn.Module:
-    """timm's ConvNormAct with same padding, whatever `padding` is asked for, and with `seven` for kernels of 7."""
+    """Build timm's ConvNormAct with same padding, whatever `padding` is asked for, and `seven` for kernels of 7."""
     kernel_size = tuple(seven if k == 7 else k for k in to_2tuple(kernel_size))
     return ConvNormAct(
         in_chs,

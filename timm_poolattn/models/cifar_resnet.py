@@ -291,7 +291,7 @@ class CifarResNet(StagedNet):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """He initialisation (fan out) of the backbone's convolutions; gates keep their own."""
+        """Initialise the backbone's convolutions as He et al. (fan out); gates keep their own."""
         gates = {m for b in self._blocks() for m in b.gate.modules()}
         for m in self.modules():
             if isinstance(m, nn.Conv2d) and m not in gates:

@@ -114,7 +114,7 @@ class FaResNet(GatedResNet):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """As timm's, whose call of a stage has no place for the k of earlier stages."""
+        """Do as timm's, whose call of a stage has no place for the k of earlier stages."""
         assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
         take_indices, max_index = feature_take_indices(5, indices)
         x = self.act1(self.bn1(self.conv1(x)))

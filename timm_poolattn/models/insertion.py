@@ -211,7 +211,7 @@ def _set_modes(model: nn.Module, modes: dict[nn.Module, bool]) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation without gradients inside, every module's own mode afterwards, and every buffer's value.
+    """Evaluate without gradients inside; give every module's mode and every buffer's value back afterwards.
 
     Observers of quantisation, and norms that refuse to evaluate, take statistics of any image.
     """
@@ -232,7 +232,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _passes(model: nn.Module, calls: list[tuple]) -> list[_Pass]:
-    """Forward passes of noise at two sizes that the model takes, or at the only one. What it sees appends to `calls`.
+    """Run noise through the model at two sizes that it takes, or at the only one. What it sees appends to `calls`.
 
     Raises:
         UserError: the model takes none.
@@ -265,7 +265,7 @@ def _passes(model: nn.Module, calls: list[tuple]) -> list[_Pass]:
 
 
 def _map_channels(model: nn.Module, block: nn.Module, shapes: list[torch.Size]) -> int:
-    """C of maps that are (B, C, H, W) in all of `shapes`.
+    """Return C of maps that are (B, C, H, W) in all of `shapes`.
 
     Raises:
         UserError: they are laid out otherwise, or C changes.
@@ -285,7 +285,7 @@ def _map_channels(model: nn.Module, block: nn.Module, shapes: list[torch.Size]) 
 
 
 def _create(create: Callable[..., nn.Module], block: nn.Module, *args, **kwargs) -> nn.Module:
-    """A gate on the device and in the dtype of its block."""
+    """Build a gate on the device and in the dtype of its block."""
     parameter = next((p for p in block.parameters() if p.is_floating_point()), None)
     dd = {} if parameter is None else dict(device=parameter.device, dtype=parameter.dtype)
     return create(*args, **{**dd, **kwargs})
@@ -418,7 +418,7 @@ def _fill_stages(model: nn.Module, gate_kwargs: dict[str, Any]) -> None:
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
-    """Those in an output of any structure."""
+    """Return the tensors in an output of any structure."""
     if isinstance(output, torch.Tensor):
         return [output]
     if not isinstance(output, list | tuple | Mapping):
@@ -428,7 +428,7 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 
 
 def _runs(calls: list[tuple], places: dict[nn.Module, list[tuple[nn.Module, str]]]) -> list[list[nn.Module]]:
-    """Blocks that take each other's outputs, lie in one module, and keep the shape after the first."""
+    """Find blocks that take each other's outputs, lie in one module, and keep the shape after the first."""
     runs: list[list[nn.Module]] = []
     last, last_output = None, None
     for block, x, u in calls:

@@ -25,7 +25,7 @@ def table_rows() -> list[dict[str, Any]]:
 
 
 def model_args(row: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `timm.create_model` for a row of `table_rows()`."""
+    """Return arguments of `timm.create_model` for a row of `table_rows()`."""
     arch = row['model']
     if arch in ('vgg19', 'inception_v4'):
         arch = f'cifar_{arch}'  # timm owns the plain names

@@ -37,12 +37,12 @@ def count_model(**args) -> dict[str, Any]:
 
 
 def look_up_count(**args) -> dict[str, Any]:
-    """As `count_model`, from the file where it has them."""
+    """Do as `count_model`, from the file where it has them."""
     return packaged_counts().get(_key(args)) or count_model(**args)
 
 
 def countable() -> dict[str, dict[str, Any]]:
-    """Arguments of timm.create_model by their key in the file: of every name of ours, and of the papers' rows."""
+    """Return arguments of timm.create_model by their key in the file: for each name of ours, and the papers' rows."""
     import timm
 
     from ..models import FAMILIES

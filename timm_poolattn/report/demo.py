@@ -85,7 +85,7 @@ def _render(cards: Sequence[dict[str, Any]] = ()) -> str:
 
 
 def _card(account: Account) -> dict[str, Any]:
-    """What the template prints of a model."""
+    """Return what the template prints of a model."""
     spem, fa = account.with_key('pool_lambda'), account.with_key('k')
     return dict(
         name=account.name,
@@ -116,7 +116,7 @@ def _maps(account: Account, key: str) -> dict[str, Any]:
 
 
 def _picture(pixels: np.ndarray, heat: np.ndarray | None = None, **kwargs: Any) -> str:
-    """An image as a data URI, with a heat map over it if there is one."""
+    """Write an image as a data URI, with a heat map over it if there is one."""
     height, width = pixels.shape[:2]
     figure = Figure(figsize=(2.4, 2.4 * height / width), dpi=100)
     ax = figure.add_axes((0, 0, 1, 1))

@@ -61,7 +61,7 @@ def read_benchmark(path: str | Path) -> dict[str, float]:
 
 
 def _duration(hours: float | None) -> str:
-    """For a person: 'about 9 days'."""
+    """Write it for a person: 'about 9 days'."""
     if hours is None:
         return ''
     for unit, size in (('days', 24), ('hours', 1)):

@@ -63,13 +63,13 @@ def curves(runs: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def _place(run: str | Path) -> Path:
-    """What names a run: its folder, or the results file of one that has none."""
+    """Return what names a run: its folder, or the results file of one that has none."""
     path = Path(run).resolve()
     return path.parent if path.name in ('results.json', 'summary.csv') else path
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of `paths` that no other of them has."""
+    """Return the shortest ends of `paths` that no other of them has."""
     labels = []
     for path in paths:
         for count in range(1, len(path.parts) + 1):

@@ -72,7 +72,7 @@ _MODEL_RATIOS = {
 
 
 def speed_table(rows: int = 10) -> str:
-    """For the README: the gated models of the benchmark, at most so many rows."""
+    """Return the gated models of the benchmark for the README, at most so many rows."""
     measured = [r for result in benchmark_files('models') for r in result['rows'] if 'training_to_plain' in r]
     ours = [r for r in measured if r['training_to_plain'] != 1 and r['model'] != 'SPEM authors']
     ours.sort(key=lambda r: (r['model'], r['mode'] != 'compiled', r['dtype'], r['layout']))

@@ -24,12 +24,12 @@ _DATASETS = dict(DATASETS, imagenet5=dict(title='ImageNet-5', train_images=5 * 1
 
 @cache
 def _architecture(args: str) -> str:
-    """What tells architectures apart: defaults that one place spells out and another does not are the same."""
+    """Return what tells architectures apart: defaults that one place spells out and another does not are the same."""
     return repr(timm.create_model(**json.loads(args), device='meta'))
 
 
 def _run_args(result: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of timm.create_model for the model of a run."""
+    """Return arguments of timm.create_model for the model of a run."""
     return dict(model_name=f'{result["model"]}.{result["tag"]}', **result['arguments'].get('model_kwargs', {}))
 
 
@@ -49,7 +49,7 @@ def recipe_name(result: dict[str, Any]) -> str:
 
 
 def _training(result: dict[str, Any]) -> str:
-    """What runs share that differ in nothing but their model and seed."""
+    """Return what runs share that differ in nothing but their model and seed."""
     own = ('seed', 'model', 'model_kwargs', 'initial_checkpoint')
     arguments = {k: v for k, v in result['arguments'].items() if k not in own}
     which = result.get('checkpoint', {}).get('which')
@@ -58,7 +58,7 @@ def _training(result: dict[str, Any]) -> str:
 
 
 def _top1(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean, spread and number of seeds of runs that differ in their seed alone."""
+    """Return mean, spread and number of seeds of runs that differ in their seed alone."""
     top1 = [r['test']['top1'] for r in runs]
     spread = round(statistics.stdev(top1), 2) if len(top1) > 1 else None
     return dict(top1=round(statistics.mean(top1), 2), spread=spread, seeds=len({r['seed'] for r in runs}))
@@ -112,7 +112,7 @@ def measured_runs(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> li
 
 
 def _plain_of(args: dict[str, Any]) -> dict[str, Any] | None:
-    """Arguments of the backbone of `args` without its gates; None for one that has none."""
+    """Return arguments of the backbone of `args` without its gates; None for one that has none."""
     plain = plain_args(args['model_name'])
     if plain['model_name'] == args['model_name']:
         return None
@@ -125,14 +125,14 @@ def paper_accuracy(row: dict[str, Any]) -> float | None:
 
 
 def _paper_parameters(row: dict[str, Any]) -> str:
-    """Millions, as printed."""
+    """Return millions, as printed."""
     if 'params_k_with_bn_stats' in row:
         return f'{row["params_k_with_bn_stats"] / 1000:g} with BN statistics'
     return f'{row["params_m"]:g}' if 'params_m' in row else ''
 
 
 def training_rate(results: Sequence[dict[str, Any]]) -> tuple[float, str]:
-    """Multiply-adds of the forward pass that training gets through in a second, evaluation included.
+    """Return the multiply-adds of the forward pass that training gets through in a second, evaluation included.
 
     Returns:
         The median over the runs on the hardware with the most of them, and that hardware; (0, '') without runs.
@@ -147,7 +147,7 @@ def training_rate(results: Sequence[dict[str, Any]]) -> tuple[float, str]:
 
 
 def _recipe(row: dict[str, Any]) -> str:
-    """The paper's own for the data set."""
+    """Return the paper's own for the data set."""
     return f'{row["paper"]}-{row["dataset"].replace("_", "-")}'
 
 

@@ -125,7 +125,7 @@ def parse_arguments(module: ModuleType, argv: Sequence[str], recipe: str | None 
 
 
 def _refuse(module: ModuleType, message: str) -> NoReturn:
-    """In place of the parser's own `error`, which prints all of its options and ends the process."""
+    """Stand in for the parser's own `error`, which prints all of its options and ends the process."""
     unknown = message.partition('unrecognized arguments: ')[2].split()
     if unknown:
         known = {option for action in module.parser._actions for option in action.option_strings}
@@ -149,7 +149,7 @@ def read_pretrained_cfg(name: str) -> dict[str, Any]:
 
 
 def _channel_options(args: argparse.Namespace) -> list[str]:
-    """What another number of channels than the model's own means for the images, which train.py does not ask."""
+    """Return what another number of channels than the model's own means for the images; train.py does not ask."""
     if not args.model:
         return []
     cfg = read_pretrained_cfg(check_model_name(args.model))

@@ -38,7 +38,7 @@ class Finetuned:
         return 100 * (self.confusion.trace() / self.confusion.sum()).item()
 
     def table(self) -> str:
-        """Per class: images, those found (recall), and how often the class's name was right (precision)."""
+        """Write per class: images, those found (recall), and how often the class's name was right (precision)."""
         names = [''.join(c if c.isprintable() else '?' for c in name) for name in self.classes]
         width = max(len('class'), *map(len, names))
         lines = [f'{"class":<{width}}  images  found  recall  precision']

@@ -61,7 +61,7 @@ class PenaltyMixin:
         optimizer.register_step_post_hook(step)
 
     def penalty(self) -> torch.Tensor:
-        """Sum of the gates' penalties, a scalar without its eta."""
+        """Return the sum of the gates' penalties, a scalar without its eta."""
         return torch.stack([gate.penalty() for gate in self.gates]).sum()
 
     def epoch_metrics(self) -> OrderedDict[str, float]:
@@ -73,7 +73,7 @@ class PenaltyMixin:
             return OrderedDict(penalty=self.penalty().item(), mean_lambda=mean_lambda.item())
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As the task, with the penalty in 'loss' and, by itself, under 'penalty'."""
+        """Do as the task, with the penalty in 'loss' and, by itself, under 'penalty'."""
         result = super().forward(input, target)
         if self.gates:
             result['penalty'] = self.penalty().detach() if self.decoupled else self.penalty()

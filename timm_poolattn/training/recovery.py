@@ -136,7 +136,7 @@ class Guard:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While train.py's main runs: Ctrl-C waits for the end of an update, and a full disk is named.
+        """Watch over train.py's main: Ctrl-C waits for the end of an update, and a full disk is named.
 
         Raises:
             RunStopped: a checkpoint could not be written.
@@ -160,7 +160,7 @@ class Guard:
                 signal.signal(signal.SIGINT, before)
 
     def _named(self, save: Callable) -> Callable:
-        """A method of the saver that ends with its files on the disk, and whose failure says what is lost.
+        """Make a method of the saver that ends with its files on the disk, and whose failure says what is lost.
 
         torch's writer has no errno of a full disk.
         """
@@ -187,7 +187,7 @@ class Guard:
         )
 
     def save_interrupted(self) -> str:
-        """After Ctrl-C: save where it stopped, by timm's own recovery checkpoint; returns how to resume."""
+        """Save where Ctrl-C stopped it, by timm's own recovery checkpoint; returns how to resume."""
         message = f'interrupted in epoch {self.epoch} after {self.update} updates.'
         if not self.saver:
             return message

@@ -160,7 +160,7 @@ def _say_bfloat16(is_used: bool) -> str:
 
 
 def _warm_start(args: argparse.Namespace) -> str | None:
-    """How the file of --initial-checkpoint was made, where `warm_start` made it."""
+    """Return how the file of --initial-checkpoint was made, where `warm_start` made it."""
     if not args.initial_checkpoint.endswith('.safetensors'):
         return None
     try:
@@ -171,7 +171,7 @@ def _warm_start(args: argparse.Namespace) -> str | None:
 
 
 def _check_data(args: argparse.Namespace) -> list[str]:
-    """The classes to train on; nothing is decoded. Empty for torchvision's data, which are small and read later.
+    """Return the classes to train on; nothing is decoded. Empty for torchvision's data, which are small and read later.
 
     Raises:
         UserError: no data, or not the splits or classes that the run wants.
@@ -222,7 +222,7 @@ def _create_model(
     name: str,
     **kwargs: Any,
 ) -> nn.Module:
-    """In place of timm's create_model in train.py: what does not fit is named before the data are read."""
+    """Stand in for timm's create_model in train.py: what does not fit is named before the data are read."""
     start = kwargs.pop('checkpoint_path', '')
     doing = f'--model {name} with these arguments'
     try:
@@ -262,7 +262,7 @@ def _create_task(tasks: list[TrainingTask], kind: type[TrainingTask], penalty_we
 
 
 def _create_optimizer(tasks: list[TrainingTask], create: Callable[..., Optimizer], *args, **kwargs) -> Optimizer:
-    """timm's create_optimizer_v2; one whose steps do not follow the gradient's size leaves the penalty to its task."""
+    """Call timm's create_optimizer_v2. If steps do not follow the gradient's size, the task has the penalty."""
     optimizer = create(*args, **kwargs)
     if not isinstance(optimizer, torch.optim.SGD):
         tasks[-1].decouple(optimizer)
@@ -280,7 +280,7 @@ def _create_dataset(
     is_training: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """timm's create_dataset, whose classes are noted where its reader has them.
+    """Call timm's create_dataset, and note the classes where its reader has them.
 
     Of a folder or a tar it takes other images for a split, all where there is no folder of the split's very name. So
     these are listed here, as the resident loader does.
@@ -321,7 +321,7 @@ def _can_be_resident(args: argparse.Namespace) -> bool:
 
 
 def _view(args: argparse.Namespace, training: bool) -> View:
-    """How images are brought to the model's size. In training --crop-pct leaves a margin for random crops."""
+    """Return how images are brought to the model's size. In training --crop-pct leaves a margin for random crops."""
     config = resolve_data_config(vars(args), pretrained_cfg=read_pretrained_cfg(args.model))
     view = View.of({**config, 'crop_pct': args.crop_pct or 1.0})
     if not training or view.crop_pct == 1:
@@ -368,7 +368,7 @@ def create_resident_loader(
     device: torch.device | str = 'cpu',
     **_,
 ) -> ResidentLoader:
-    """In place of timm.data.create_loader. `collate_fn`, which train.py gives only for it, is timm's mixup."""
+    """Stand in for timm.data.create_loader. `collate_fn`, which train.py gives only for it, is timm's mixup."""
     loader = ResidentLoader(
         dataset,
         input_size,

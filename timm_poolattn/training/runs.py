@@ -131,7 +131,7 @@ class Run:
             raise UserError(f'{self.folder}: {name} cannot be built as args.yaml says ({type(e).__name__}: {e})') from e
 
     def data_config(self, model: nn.Module) -> dict[str, Any]:
-        """How the run brought images to `model`: input_size, mean, std, crop_pct, crop_mode and interpolation."""
+        """Return how the run brought images to `model`: input_size, mean, std, crop_pct, crop_mode, interpolation."""
         try:
             config = resolve_data_config(self.args, model=model)
         except (AssertionError, TypeError) as e:

@@ -85,7 +85,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the lock on `folder` until it is closed or its process ends; None if another has it."""
+    """Return a descriptor that holds the lock on `folder` until it or its process ends; None if another has it."""
     if fcntl is None:
         return None
     try:
