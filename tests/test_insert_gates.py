@@ -10,6 +10,8 @@ import timm
 from click.testing import CliRunner
 
 from timm_poolattn.report import readme_tables
+from timm_poolattn.report import results as report_results
+from timm_poolattn.utils import UserError
 
 SCRIPT = Path(__file__).parents[1] / 'train_scripts' / 'insert_gates.py'
 
@@ -23,7 +25,7 @@ def script(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, 'insert_gates', module)
         spec.loader.exec_module(module)
-        for user in (module, readme_tables):
+        for user in (module, report_results):
             patch.setattr(user, 'INSERTIONS_DIR', results)
         yield module
 
@@ -34,8 +36,8 @@ def test_trains_records_and_goes_on(script, cifar10_few, train_script, tmp_path,
     argv = ['--data-dir', str(cifar10_few), '--model', 'resnet20.cifar10', '--seed', '1', '--runs', str(tmp_path)]
     argv += ['--epochs', '1', '--batch-size', '8']
     done = CliRunner().invoke(script.main, [*argv, '--gate', 'fa'], catch_exceptions=False)
-    assert done.output.endswith(f'2 runs -> {results}\n')
-    plain, fa = (json.loads((results / f'resnet20.cifar10-{g}-1.json').read_text()) for g in ('plain', 'fa'))
+    assert done.output.endswith(f'2 runs, 0 done before -> {results}\n')
+    plain, fa = (json.loads((results / f'resnet20.cifar10-{g}-1-1.json').read_text()) for g in ('plain', 'fa'))
     n = sum(p.numel() for p in timm.create_model('resnet20_fa', flavour='saam').parameters())
     assert (plain['parameters'], fa['parameters']) == (272762, n + 3 * 2 + 2)  # an alpha for each gated block and stage
     assert fa['arguments']['lr'] == script.LEARNING_RATE and plain['epochs'] == 1
@@ -43,22 +45,28 @@ def test_trains_records_and_goes_on(script, cifar10_few, train_script, tmp_path,
         run['curve'][-1]['eval_top1'] == run['top1'] >= 50 for run in (plain, fa)
     )  # it starts from trained weights
     again = CliRunner().invoke(script.main, [*argv, '--gate', 'fa'], catch_exceptions=False)
-    assert again.output == f'0 runs -> {results}\n'
+    assert again.output == f'0 runs, 2 done before -> {results}\n'
     fa['top1'], plain['top1'] = 93.0, 92.5
     for run in (plain, fa):
-        path = results / f'resnet20.cifar10-{run["gate"] or "plain"}-1.json'
+        path = results / f'resnet20.cifar10-{run["gate"] or "plain"}-1-1.json'
         path.write_text(json.dumps(run))
     assert readme_tables.insertions_table().splitlines()[2:] == [
-        '| `resnet20.cifar10` | none | 272,762 | 92.48 | 1 | 92.50 |  |',
+        '| `resnet20.cifar10` | plain | 272,762 | 92.48 | 1 | 92.50 |  |',
         f'| `resnet20.cifar10` | fa | {n + 8:,} | 92.48 | 1 | 93.00 | +0.50 |',
     ]
+    (results / 'resnet20.cifar10-plain-1-1.json').unlink()
+    assert readme_tables.insertions_table().endswith('| 93.00 |  |')
+    (results / 'cut.json').write_text('{"model": ')
+    with pytest.raises(UserError, match=r'cut\.json: not a results file'):
+        readme_tables.insertions_table()
 
 
 @pytest.mark.parametrize(
     ('given', 'said'),
     [
         (dict(gate='saan'), "unknown gate 'saan'; choose from se,"),
-        (dict(model='resnet21.cifar10'), "unknown model 'resnet21.cifar10'; nearest: resnet"),
+        (dict(model='resnet21.cifar10'), "unknown trained model 'resnet21.cifar10'; choose from resnet"),
+        (dict(model='resnet18.a1_in1k'), "unknown trained model 'resnet18.a1_in1k'; "),
         (dict(), "no split 'train'"),
         (dict(seed='one'), "'one'"),
     ],

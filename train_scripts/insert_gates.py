@@ -21,8 +21,7 @@ from torch import nn
 
 import timm_poolattn
 from timm_poolattn.layers import GATES
-from timm_poolattn.models import check_model_name
-from timm_poolattn.report.results import INSERTIONS_DIR
+from timm_poolattn.report.results import INSERTIONS_DIR, released_results
 from timm_poolattn.training import read_run, train
 from timm_poolattn.utils import UserError, look_up, write_text
 
@@ -37,12 +36,18 @@ def inserted(pretrained: bool = False, base: str = '', gate: str = '', **kwargs)
     return timm_poolattn.insert(model, gate) if gate else model
 
 
+def run_name(model: str, gate: str, seed: int, epochs: int) -> str:
+    """Name a run's folder and its results file."""
+    return f'{model}-{gate or "plain"}-{epochs}-{seed}'
+
+
 def fine_tune(model: str, gate: str, seed: int, epochs: int, data_dir: str, runs: Path, train_args: list[str]) -> dict:
     """Train one; returns what its results file holds."""
-    name = f'{model}-{gate or "plain"}-{seed}'
+    name = run_name(model, gate, seed, epochs)
     kwargs = [f"base='{model}'", *([f"gate='{gate}'"] if gate else [])]
     argv = ['--model', 'inserted', '--model-kwargs', *kwargs, '--lr', str(LEARNING_RATE), '--epochs', str(epochs)]
     argv += ['--seed', str(seed), '--data-dir', data_dir, '--val-split', 'test', '--output', str(runs)]
+    # the padding is that of the released networks' own training
     run = read_run(train([*argv, '--experiment', name, '--resume', 'auto', *train_args], recipe='cpu', crop_padding=2))
     torch.compiler.reset()  # the next network is another one, not one more shape of this one
     result = dict(
@@ -58,7 +63,7 @@ def fine_tune(model: str, gate: str, seed: int, epochs: int, data_dir: str, runs
 
 @click.command(context_settings=dict(ignore_unknown_options=True))
 @click.option('--data-dir', required=True, help='A folder with train/ and test/, by class.')
-@click.option('--model', required=True, help='A trained plain network, such as resnet20.cifar10.')
+@click.option('--model', required=True, help='A released plain network: resnet20.cifar10.')
 @click.option('--epochs', required=True, type=click.IntRange(1))
 @click.option('--gate', 'gates', multiple=True, default=KINDS, help='Default: each of them.')
 @click.option('--seed', 'seeds', type=int, multiple=True, default=(42, 43), show_default=True)
@@ -66,22 +71,23 @@ def fine_tune(model: str, gate: str, seed: int, epochs: int, data_dir: str, runs
 @click.argument('train_args', nargs=-1, type=click.UNPROCESSED)
 def main(data_dir: str, model: str, epochs: int, gates: tuple, seeds: tuple, runs: Path, train_args: tuple) -> None:
     """Fine-tune MODEL plain and with each of the gates, for each seed. See the head of this file."""
-    new = 0
+    new = before = 0
     try:
-        check_model_name(model)
+        look_up('trained model', model, released_results())
         for gate in gates:
             look_up('gate', gate, KINDS)
         for seed, gate in product(seeds, ('', *gates)):
-            path = INSERTIONS_DIR / f'{model}-{gate or "plain"}-{seed}.json'
+            path = INSERTIONS_DIR / f'{run_name(model, gate, seed, epochs)}.json'
             if path.is_file():
+                before += 1
                 continue
             result = fine_tune(model, gate, seed, epochs, data_dir, runs, list(train_args))
             write_text(path, json.dumps(result, indent=2) + '\n')
             click.echo(f'{model} {gate or "plain"} seed {seed}: {result["top1"]:.2f}% -> {path}')
             new += 1
-    except UserError as e:
+    except (UserError, KeyboardInterrupt) as e:
         raise click.ClickException(str(e)) from e
-    click.echo(f'{new} runs -> {INSERTIONS_DIR}')
+    click.echo(f'{new} runs, {before} done before -> {INSERTIONS_DIR}')
 
 
 if __name__ == '__main__':

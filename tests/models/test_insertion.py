@@ -7,7 +7,10 @@ import torch
 from timm.models.resnet import BasicBlock
 from torch import nn
 from torch.ao import quantization
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 import timm_poolattn
 from timm_poolattn.layers import Focus, FocusAssociation
@@ -343,10 +346,56 @@ def as_list(output):
     return output if isinstance(output, list) else [output]
 
 
-@pytest.mark.parametrize('name', ['resnet20_fa', 'vgg19_se', 'resnet50_fa'])
-def test_own_networks_have_fa_from_their_constructor(name):
-    with pytest.raises(UserError, match=r"gets FA when it is built: timm\.create_model\(name, gate='fa'\)"):
+@pytest.mark.parametrize(
+    ('name', 'why'),
+    [
+        ('resnet20_fa', 'CifarResNet has FA already'),
+        ('resnet50_fa', 'FaResNet has FA already'),
+        ('vgg19_se', r"CifarVgg gets FA when it is built: timm\.create_model\(name, gate='fa'\)"),
+    ],
+)
+def test_own_networks_that_take_no_fa(name, why):
+    with pytest.raises(UserError, match=why):
         timm_poolattn.insert(timm.create_model(name, device='meta'), 'fa')
+
+
+def test_wrappers_in_our_own_networks():
+    """FA and wrapped blocks: refused and unchanged, with a remedy; a channel gate comes out of them."""
+    model = timm_poolattn.insert(create('resnet20'), 'saam')
+    for stage in model.stages:
+        stage.blocks = nn.ModuleList(map(BlockWrapper, stage.blocks))
+    timm_poolattn.remove(model)
+    modules, expected = repr(model), model(X)
+    assert 'SAAM' not in modules
+    with pytest.raises(UserError, match=r'its blocks are wrapped \(BlockWrapper\), insert FA before that'):
+        timm_poolattn.insert(model, 'fa')
+    assert repr(model) == modules and model(X).equal(expected)
+    model = create('resnet20')
+    model.stages[1] = checkpoint_wrapper(model.stages[1])
+    with pytest.raises(UserError, match=r'its blocks are wrapped \(CheckpointWrapper\), insert FA before that'):
+        timm_poolattn.insert(model, 'fa')
+    model = timm_poolattn.insert(create('resnet20'), 'fa')
+    model.stages[0].blocks[1].fa = checkpoint_wrapper(model.stages[0].blocks[1].fa)
+    modules = repr(model)
+    with pytest.raises(UserError, match='CheckpointWrapper wraps an inserted gate; unwrap it first'):
+        timm_poolattn.remove(model)
+    assert repr(model) == modules
+
+
+class BlockWrapper(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, shortcut):
+        return self.block(x, shortcut)
+
+
+def test_a_skip_threshold_goes_with_the_gates():
+    model = timm_poolattn.insert(create('resnet20'), 'fa')
+    timm_poolattn.set_skip_threshold(model, 0.9)
+    timm_poolattn.insert(timm_poolattn.remove(model), 'fa', identity_init=False)
+    assert {stage.skip_threshold for stage in model.stages} == {0.0}
 
 
 @pytest.mark.parametrize('gate', ['spem', 'fa'])

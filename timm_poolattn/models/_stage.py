@@ -87,10 +87,15 @@ class Stage(nn.Module):
         self.reduction = reduction or nn.Identity()
         self.shortcut = shortcut or nn.Identity()
         self.blocks = nn.ModuleList(blocks)
-        self.has_fa = any(block.fa is not None for block in blocks)
         self.fa = fa
-        self.earlier = 0 if fa is None else fa.index - 1  # gated stages before this one
         self.grad_checkpointing = False
+        self.note_fa()
+
+    @torch.jit.ignore
+    def note_fa(self) -> None:
+        """Note which gates there are: after one was put in or taken out."""
+        self.has_fa = any(block.fa is not None for block in self.blocks)
+        self.earlier = 0 if self.fa is None else self.fa.index - 1  # gated stages before this one
         self.skip_threshold = 0.0
         self.skip_per_sample = True
 

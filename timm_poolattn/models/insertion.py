@@ -99,9 +99,9 @@ def insert(model: nn.Module, gate: str, *, identity_init: bool = True, **gate_kw
     in timm's their input matched in shape is inside their first block. FA in a network with SE, such as seresnet50, is
     the paper's FA-SE.
 
-    Forward passes of noise find the blocks first, at two image sizes where the model takes more than one. A model that
-    does not fit is refused and stays as it was; README.md beside this file says which of timm's do. Every module keeps
-    its mode, and a gate gets the mode, device and dtype of its block.
+    In timm's networks forward passes of noise find the blocks first, at two image sizes where the model takes more than
+    one. A model that does not fit is refused and stays as it was; README.md beside this file says which of timm's do.
+    Every module keeps its mode, and a gate gets the mode, device and dtype of its block.
 
     Channel gates leave the names of the model's own parameters as they are; FA puts those of a run's blocks, in timm's
     networks, into one module. So load a checkpoint of the plain model first. timm's layer-wise learning rates take a
@@ -155,22 +155,22 @@ def remove(model: nn.Module) -> nn.Module:
         UserError: a model that is scripted, traced, distributed or offloaded, or whose gates are wrapped.
     """
     _check_open(model)
+    kinds = InsertedGate | InsertedStage | InsertedFA
     held = [(m, name, child) for m in model.modules() for name, child in m.named_children()]
-    held = [(m, name, child) for m, name, child in held if isinstance(child, InsertedGate | InsertedStage)]
+    held = [(m, name, child) for m, name, child in held if isinstance(child, kinds)]
     for module, name, child in held:
-        if name not in ('drop_path', *getattr(child, 'places', ())):
+        if name not in ('drop_path', 'fa', *getattr(child, 'places', ())):
             raise UserError(f'{type(module).__name__} wraps an inserted gate; unwrap it first')
+    stages = [m for m in model.modules() if isinstance(m, Stage)]
+    stages = [stage for stage in stages if any(isinstance(m, InsertedFA) for m in stage.modules())]
     for module, name, child in held:
-        if isinstance(child, InsertedGate):
-            _put(module, name, child.replaced)
-        else:
+        if isinstance(child, InsertedStage):
             for place, block in zip(child.places, child.blocks, strict=True):
                 setattr(module, place, block.block)
-    for module in model.modules():
-        if isinstance(getattr(module, 'fa', None), InsertedFA):
-            _put(module, 'fa', None)
-        if isinstance(module, Stage):
-            module.has_fa = any(block.fa is not None for block in module.blocks)
+        else:
+            _put(module, name, child.replaced if isinstance(child, InsertedGate) else None)
+    for stage in stages:
+        stage.note_fa()
     return model
 
 
@@ -393,28 +393,35 @@ def _insert_fa(model: nn.Module, gate: str, blocks: list[nn.Module], gate_kwargs
         for hook in hooks:
             hook.remove()
     for _, stage, fas in stages:
-        stage.has_fa = True
         for block, fa in zip(stage.blocks[1:], fas, strict=True):
             block.fa = fa
+        stage.note_fa()
     return bool(stages)
 
 
 def _fill_stages(model: nn.Module, gate_kwargs: dict[str, Any]) -> None:
     """Put FA over the blocks and the stages (Fig. 4) of a network of ours."""
+    if any(isinstance(m, FocusAssociation) for m in model.modules()):
+        raise UserError(f'{type(model).__name__} has FA already')
     nets = [m for m in model.modules() if isinstance(m, StagedNet)]
-    open_stages = all(isinstance(stage, Stage) for net in nets for stage in net.stages)
-    if not nets or not open_stages or any(isinstance(m, FocusAssociation) for m in model.modules()):
+    if not any(isinstance(m, Stage) for net in nets for m in net.modules()):  # VGG-19, whose gates need shortcuts
         raise UserError(f"{type(model).__name__} gets FA when it is built: timm.create_model(name, gate='fa')")
+    stages = [stage for net in nets for stage in net.stages]
+    wrappers = [m for m in stages if not isinstance(m, Stage)]
+    wrappers += [b for m in stages if isinstance(m, Stage) for b in m.blocks if 'fa' not in (*vars(b), *b._modules)]
+    if wrappers:
+        raise _refusal(model, f'its blocks are wrapped ({type(wrappers[0]).__name__}), insert FA before that')
     fas: list[tuple[nn.Module, InsertedFA]] = []  # all are made before one is put in
     for net in nets:
-        for s, (stage, info) in enumerate(zip(net.stages, net.feature_info[int(net.stem_feature) :], strict=False)):
-            gated = [*enumerate(stage.blocks), (s, stage)]
-            fas += [(m, _create(InsertedFA, m, info['num_chs'], i, **gate_kwargs)) for i, m in gated if i]
-    for module, fa in fas:
-        module.fa = fa
-    for stage in (m for m in model.modules() if isinstance(m, Stage)):
-        stage.has_fa = len(stage.blocks) > 1
-        stage.earlier = 0 if stage.fa is None else stage.fa.index - 1
+        infos = net.feature_info[int(net.stem_feature) :]  # more than the stages of a pruned network
+        for s, (stage, info) in enumerate(zip(net.stages, infos, strict=False)):
+            for i, gated in [*enumerate(stage.blocks), (s, stage)]:
+                if i:  # the others are the benchmarks
+                    fas.append((gated, _create(InsertedFA, gated, info['num_chs'], i, **gate_kwargs)))
+    for gated, fa in fas:
+        gated.fa = fa
+    for stage in stages:
+        stage.note_fa()
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

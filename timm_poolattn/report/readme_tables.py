@@ -16,7 +16,7 @@ from typing import Any
 from ..papers import paper_top1
 from ..utils import UserError, write_text
 from .page import summary_table
-from .results import INSERTIONS_DIR, RESULTS_DIR, load_results, released_results
+from .results import RESULTS_DIR, load_insertions, load_results, released_results
 from .rows import recipe_name, report_rows
 
 _PACKAGE = Path(__file__).parents[1]
@@ -109,19 +109,18 @@ def benchmark_tables() -> str:
 def insertions_table() -> str:
     """Return trained plain networks with inserted gates, each fine-tuned as long as the plain one beside it."""
     runs: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted(INSERTIONS_DIR.glob('*.json')):
-        run = json.loads(path.read_text())
+    for run in load_insertions():
         runs[run['model'], run['epochs']][run['gate']].append(run)
     rows = []
     for (model, epochs), gates in runs.items():
-        before, plain = released_results()[model]['test']['top1'], {r['seed']: r['top1'] for r in gates['']}
-        for gate in sorted(gates, key=lambda gate: (gate != '', gate)):
+        before, plain = released_results()[model]['test']['top1'], {r['seed']: r['top1'] for r in gates.get('', [])}
+        for gate in sorted(gates):
             top1 = {r['seed']: r['top1'] for r in gates[gate]}
-            mean = f'{statistics.mean(top1.values()):.2f}'
-            less = ', '.join(f'{top1[seed] - plain[seed]:+.2f}' for seed in sorted(top1) if gate and seed in plain)
+            after = f'{statistics.mean(top1.values()):.2f}'
+            gains = ', '.join(f'{top1[seed] - plain[seed]:+.2f}' for seed in sorted(top1) if gate and seed in plain)
             parameters = f'{gates[gate][0]["parameters"]:,}'
-            rows.append([f'`{model}`', gate or 'none', parameters, f'{before:.2f}', str(epochs), mean, less])
-    columns = ['network', 'gate', 'parameters', 'top-1 before (%)', 'epochs', 'after, mean', 'less none, for each seed']
+            rows.append([f'`{model}`', gate or 'plain', parameters, f'{before:.2f}', str(epochs), after, gains])
+    columns = ['network', 'gate', 'parameters', 'top-1 before (%)', 'epochs', 'after, mean', 'gain over plain, by seed']
     return _table(columns, rows)
 
 

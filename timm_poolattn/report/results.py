@@ -43,3 +43,20 @@ def released_results() -> dict[str, dict[str, Any]]:
 def load_results() -> list[dict[str, Any]]:
     """Read results.json of every run that we know: of the release folders, then of `RESULTS_DIR`."""
     return [*released_results().values(), *map(read_results, sorted(RESULTS_DIR.glob('*.json')))]
+
+
+def load_insertions() -> list[dict[str, Any]]:
+    """Read what train_scripts/insert_gates.py wrote into `INSERTIONS_DIR`.
+
+    Raises:
+        UserError: a file of another kind.
+    """
+    runs = []
+    for path in sorted(INSERTIONS_DIR.glob('*.json')):
+        try:
+            runs.append(json.loads(path.read_text(encoding='utf-8')))
+            if not {'model', 'gate', 'seed', 'epochs', 'top1', 'parameters'} <= runs[-1].keys():
+                raise ValueError
+        except (ValueError, AttributeError):
+            raise UserError(f'{path}: not a results file of insert_gates.py; delete it, and run that again') from None
+    return runs

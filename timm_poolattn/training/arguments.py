@@ -112,7 +112,7 @@ def parse_arguments(module: ModuleType, argv: Sequence[str], recipe: str | None 
         if more := _channel_options(args):
             sys.argv += more
             args, text = module._parse_args()
-    except UserError:
+    except UserError:  # a ValueError too
         raise
     except ValueError as e:  # argparse has its own kind, but not for these
         raise UserError(f'an argument cannot be read ({e}); --model-kwargs and its like take name=value') from e
