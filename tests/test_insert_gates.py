@@ -34,13 +34,13 @@ def test_trains_records_and_goes_on(script, cifar10_few, train_script, tmp_path,
     monkeypatch.setenv('TIMM_TRAIN_SCRIPT', str(train_script))
     results = script.INSERTIONS_DIR
     argv = ['--data-dir', str(cifar10_few), '--model', 'resnet20.cifar10', '--seed', '1', '--runs', str(tmp_path)]
-    argv += ['--epochs', '1', '--batch-size', '8']
+    argv += ['--epochs', '2', '--val-interval', '2', '--batch-size', '8']
     done = CliRunner().invoke(script.main, [*argv, '--gate', 'fa'], catch_exceptions=False)
     assert done.output.endswith(f'2 runs, 0 done before -> {results}\n')
-    plain, fa = (json.loads((results / f'resnet20.cifar10-{g}-1-1.json').read_text()) for g in ('plain', 'fa'))
+    plain, fa = (json.loads((results / f'resnet20.cifar10-{g}-2-1.json').read_text()) for g in ('plain', 'fa'))
     n = sum(p.numel() for p in timm.create_model('resnet20_fa', flavour='saam').parameters())
     assert (plain['parameters'], fa['parameters']) == (272762, n + 3 * 2 + 2)  # an alpha for each gated block and stage
-    assert fa['arguments']['lr'] == script.LEARNING_RATE and plain['epochs'] == 1
+    assert fa['arguments']['lr'] == script.LEARNING_RATE and plain['epochs'] == fa['epochs'] == 2
     assert all(
         run['curve'][-1]['eval_top1'] == run['top1'] >= 50 for run in (plain, fa)
     )  # it starts from trained weights
@@ -48,13 +48,13 @@ def test_trains_records_and_goes_on(script, cifar10_few, train_script, tmp_path,
     assert again.output == f'0 runs, 2 done before -> {results}\n'
     fa['top1'], plain['top1'] = 93.0, 92.5
     for run in (plain, fa):
-        path = results / f'resnet20.cifar10-{run["gate"] or "plain"}-1-1.json'
+        path = results / f'resnet20.cifar10-{run["gate"] or "plain"}-2-1.json'
         path.write_text(json.dumps(run))
     assert readme_tables.insertions_table().splitlines()[2:] == [
-        '| `resnet20.cifar10` | plain | 272,762 | 92.48 | 1 | 92.50 |  |',
-        f'| `resnet20.cifar10` | fa | {n + 8:,} | 92.48 | 1 | 93.00 | +0.50 |',
+        '| `resnet20.cifar10` | plain | 272,762 | 92.48 | 2 | 92.50 |  |',
+        f'| `resnet20.cifar10` | fa | {n + 8:,} | 92.48 | 2 | 93.00 | +0.50 |',
     ]
-    (results / 'resnet20.cifar10-plain-1-1.json').unlink()
+    (results / 'resnet20.cifar10-plain-2-1.json').unlink()
     assert readme_tables.insertions_table().endswith('| 93.00 |  |')
     (results / 'cut.json').write_text('{"model": ')
     with pytest.raises(UserError, match=r'cut\.json: not a results file'):

@@ -4,7 +4,7 @@
     python train_scripts/insert_gates.py --data-dir cifar10/ --model resnet20.cifar10 --epochs 3 [ARGUMENTS OF TRAIN.PY]
 
 Each --gate starts without effect (`identity_init`), so every run starts at the plain network's accuracy. The
-accuracy is that of the last epoch. A run with a results file is done; the others go on from their last whole epoch, so
+accuracy is that of the last epoch. A run with a results file is done; the others go on from their last checkpoint, so
 after any interruption the same command does the rest. `python -m timm_poolattn.report.readme_tables` makes the table of
 timm_poolattn/models/README.md from the files.
 """
@@ -53,7 +53,7 @@ def fine_tune(model: str, gate: str, seed: int, epochs: int, data_dir: str, runs
     result = dict(
         model=model,
         gate=gate,
-        epochs=len(run.curve),
+        epochs=int(run.curve[-1]['epoch']) + 1,  # not every epoch has a row: --val-interval
         parameters=sum(p.numel() for p in run.untrained_model().parameters()),
         top1=run.curve[-1]['eval_top1'],
         curve=run.curve,
