@@ -76,3 +76,16 @@ def test_mistakes_are_named(script, train_script, tmp_path, monkeypatch, given, 
     argv = {'data-dir': str(tmp_path), 'epochs': 1, 'model': 'resnet20.cifar10', 'gate': 'saam', **given}
     done = CliRunner().invoke(script.main, [f'--{k}={v}' for k, v in argv.items()], catch_exceptions=False)
     assert done.exit_code and said in done.output and done.output.startswith(('Error', 'Usage'))
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(script, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt('saved; resume with --resume')
+
+    monkeypatch.setattr(script, 'train', interrupted)
+    argv = ['--data-dir', str(tmp_path), '--model', 'resnet20.cifar10', '--epochs', '7']
+    done = CliRunner().invoke(script.main, argv, catch_exceptions=False)
+    assert (done.exit_code, done.output) == (
+        1,
+        'Error: interrupted; the same command goes on from the last checkpoint\n',
+    )

@@ -85,8 +85,10 @@ def main(data_dir: str, model: str, epochs: int, gates: tuple, seeds: tuple, run
             write_text(path, json.dumps(result, indent=2) + '\n')
             click.echo(f'{model} {gate or "plain"} seed {seed}: {result["top1"]:.2f}% -> {path}')
             new += 1
-    except (UserError, KeyboardInterrupt) as e:
+    except UserError as e:
         raise click.ClickException(str(e)) from e
+    except KeyboardInterrupt:
+        raise click.ClickException('interrupted; the same command goes on from the last checkpoint') from None
     click.echo(f'{new} runs, {before} done before -> {INSERTIONS_DIR}')
 
 

@@ -5,8 +5,10 @@ import json
 import shutil
 
 import pytest
+import timm
 import torch
 import yaml
+from timm.models import register_model
 from timm.utils import NativeScaler
 
 from timm_poolattn.inference import evaluate
@@ -174,6 +176,26 @@ def test_photos_of_any_size(train_script, image_folder, tmp_path, caplog):
     assert '12 images of 32x32 held on cpu: random crop with padding 4' in caplog.text
     run_train(train_script, image_folder, tmp_path / 'b', *options, '--crop-pct', 0.875)
     assert '12 images of 36x36 held on cpu: random crop with padding 0' in caplog.text
+
+
+def own_network(pretrained=False, **kwargs):
+    """A user's, without a cfg in timm's registry."""
+    model = timm.create_model('resnet20', **kwargs)
+    model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': (3, 48, 40), 'interpolation': 'bilinear'}
+    return model
+
+
+def test_an_entrypoint_of_the_users_own(run, caplog):
+    """Only the model knows its size."""
+    register_model(own_network)
+    folder = run('--model', 'own_network')
+    assert HELD.replace('32x32', '40x48') in caplog.text
+    saved = read_run(folder)
+    config = saved.data_config(saved.build_model())
+    assert (config['input_size'], config['interpolation']) == ((3, 48, 40), 'bilinear')
+    with pytest.raises(UserError, match='--in-chans 1: own_network has no cfg that says its size; give --input-size'):
+        run('--model', 'own_network', '--in-chans', 1, '--experiment', 'grey')
+    run('--model', 'own_network', '--input-size', 1, 32, 32, '--experiment', 'grey')
 
 
 def test_classes(train_script, image_folder, tmp_path):

@@ -410,7 +410,9 @@ def _fill_stages(model: nn.Module, gate_kwargs: dict[str, Any]) -> None:
     wrappers = [m for m in stages if not isinstance(m, Stage)]
     wrappers += [b for m in stages if isinstance(m, Stage) for b in m.blocks if 'fa' not in (*vars(b), *b._modules)]
     if wrappers:
-        raise _refusal(model, f'its blocks are wrapped ({type(wrappers[0]).__name__}), insert FA before that')
+        raise UserError(
+            f'{type(model).__name__}: its blocks are wrapped ({type(wrappers[0]).__name__}), insert FA before that'
+        )
     fas: list[tuple[nn.Module, InsertedFA]] = []  # all are made before one is put in
     for net in nets:
         infos = net.feature_info[int(net.stem_feature) :]  # more than the stages of a pruned network

@@ -155,6 +155,8 @@ def _channel_options(args: argparse.Namespace) -> list[str]:
     cfg = read_pretrained_cfg(check_model_name(args.model))
     own = cfg.get('input_size') or (3, 224, 224)
     channels = args.input_size[0] if args.input_size else args.in_chans or own[0]
+    if not (cfg or args.input_size or args.img_size) and channels != 3:
+        raise UserError(f'--in-chans {channels}: {args.model} has no cfg that says its size; give --input-size too')
     options = []
     if not args.input_size and (channels, own[0]) != (3, 3):  # it takes any other size for 3 channels
         size = [args.img_size] * 2 if args.img_size else own[1:]

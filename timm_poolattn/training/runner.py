@@ -235,7 +235,8 @@ def _create_model(
             config = resolve_data_config(vars(args), model=model)
             _check_output(model, config['input_size'])
             if not read_pretrained_cfg(name):  # an entrypoint of the user's own, of which only the model knows them
-                args.input_size, args.interpolation = config['input_size'], config['interpolation']
+                for key in ('input_size', 'interpolation', 'crop_mode'):
+                    setattr(args, key, config[key])
     except UserError:
         raise
     except Exception as e:  # of timm's, of the model's and of the Hub's own kinds
