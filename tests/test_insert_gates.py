@@ -46,6 +46,8 @@ def test_trains_records_and_goes_on(script, cifar10_few, train_script, tmp_path,
     )  # it starts from trained weights
     again = CliRunner().invoke(script.main, [*argv, '--gate', 'fa'], catch_exceptions=False)
     assert again.output == f'0 runs, 2 done before -> {results}\n'
+    other = CliRunner().invoke(script.main, [*argv, '--gate', 'fa', '--lr', '1'], catch_exceptions=False)
+    assert other.exit_code == 1 and 'plain-2-1.json: trained with [' in other.output and 'move it away' in other.output
     fa['top1'], plain['top1'] = 93.0, 92.5
     for run in (plain, fa):
         path = results / f'resnet20.cifar10-{run["gate"] or "plain"}-2-1.json'
@@ -56,6 +58,9 @@ def test_trains_records_and_goes_on(script, cifar10_few, train_script, tmp_path,
     ]
     (results / 'resnet20.cifar10-plain-2-1.json').unlink()
     assert readme_tables.insertions_table().endswith('| 93.00 |  |')
+    (results / 'cut.json').write_text(json.dumps({**plain, 'model': 'resnet20.photos'}))
+    with pytest.raises(UserError, match=r"unknown released model 'resnet20\.photos'"):
+        readme_tables.insertions_table()
     (results / 'cut.json').write_text('{"model": ')
     with pytest.raises(UserError, match=r'cut\.json: not a results file'):
         readme_tables.insertions_table()
@@ -67,6 +72,9 @@ def test_trains_records_and_goes_on(script, cifar10_few, train_script, tmp_path,
         (dict(gate='saan'), "unknown gate 'saan'; choose from se,"),
         (dict(model='resnet21.cifar10'), "unknown trained model 'resnet21.cifar10'; choose from resnet"),
         (dict(model='resnet18.a1_in1k'), "unknown trained model 'resnet18.a1_in1k'; "),
+        (dict(model='resnet20_fa.cifar10'), 'resnet20_fa.cifar10 has a gate already; give a plain network'),
+        (dict(output='there'), '--output=there: set here for each run'),
+        (dict(lr=-1), '--lr is -1, and must be at least 0'),
         (dict(), "no split 'train'"),
         (dict(seed='one'), "'one'"),
     ],

@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 import timm_poolattn
 from timm_poolattn.layers import Focus, FocusAssociation
-from timm_poolattn.models import FAMILIES
+from timm_poolattn.models import FAMILIES, save_model
 from timm_poolattn.models.insertion import InsertedGate, InsertedStage
 from timm_poolattn.utils import UserError
 
@@ -389,6 +389,13 @@ class BlockWrapper(nn.Module):
 
     def forward(self, x, shortcut):
         return self.block(x, shortcut)
+
+
+@pytest.mark.parametrize(('name', 'gate'), [('resnet18', 'saam'), ('resnet18', 'fa'), ('resnet20', 'fa')])
+def test_a_config_cannot_say_them(name, gate, tmp_path):
+    with pytest.raises(UserError, match=r'inserted gates cannot be said in a config\.json: save the state_dict'):
+        save_model(timm_poolattn.insert(create(name), gate), tmp_path, list('abcdefghij'))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_skip_threshold_goes_with_the_gates():

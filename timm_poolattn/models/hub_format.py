@@ -8,7 +8,9 @@ from typing import Any
 from timm.models import save_for_hf
 from torch import nn
 
+from ..utils import UserError
 from .cifar_resnet import CifarResNet
+from .insertion import has_inserted_gates
 
 
 def save_model(
@@ -19,7 +21,14 @@ def save_model(
     Args:
         label_names: the classes, in order.
         data_config: what differs from the model's own of `input_size`, `mean`, `std`, `crop_pct`, `interpolation`.
+
+    Raises:
+        UserError: the model has gates of `insert`, which no config.json can say.
     """
+    if has_inserted_gates(model):
+        raise UserError(
+            'inserted gates cannot be said in a config.json: save the state_dict, and insert anew to load it'
+        )
     # the stem follows the image size of the name's own tag, which a fine-tuned model need not have
     args = dict(stem_stride=model.conv1.stride[0]) if isinstance(model, CifarResNet) else {}
     save_for_hf(

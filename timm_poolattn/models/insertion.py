@@ -68,6 +68,9 @@ class InsertedFA(FocusAssociation):
     """FA in a network of ours that was built without; `remove` tells it from FA that was built in."""
 
 
+_INSERTED = InsertedGate | InsertedStage | InsertedFA
+
+
 class _Probe(nn.Module):
     """Stands where a gate could, and reports each map that passes."""
 
@@ -123,7 +126,7 @@ def insert(model: nn.Module, gate: str, *, identity_init: bool = True, **gate_kw
             scripted, traced, distributed or offloaded, or one whose blocks cannot carry the gate.
     """
     look_up('gate', gate, (*GATES, 'fa'))
-    if any(isinstance(m, InsertedGate | InsertedStage | InsertedFA) for m in model.modules()):
+    if has_inserted_gates(model):
         raise UserError('the model has inserted gates already; timm_poolattn.remove(model) takes them out')
     _check_open(model)
     gate_kwargs = dict(identity_init=identity_init, **gate_kwargs)
@@ -148,6 +151,11 @@ def insert(model: nn.Module, gate: str, *, identity_init: bool = True, **gate_kw
     return model
 
 
+def has_inserted_gates(model: nn.Module) -> bool:
+    """Return True if `insert` put gates into `model`."""
+    return any(isinstance(m, _INSERTED) for m in model.modules())
+
+
 def remove(model: nn.Module) -> nn.Module:
     """Take the gates of `insert` out again, in place; returns the model.
 
@@ -155,9 +163,8 @@ def remove(model: nn.Module) -> nn.Module:
         UserError: a model that is scripted, traced, distributed or offloaded, or whose gates are wrapped.
     """
     _check_open(model)
-    kinds = InsertedGate | InsertedStage | InsertedFA
     held = [(m, name, child) for m in model.modules() for name, child in m.named_children()]
-    held = [(m, name, child) for m, name, child in held if isinstance(child, kinds)]
+    held = [(m, name, child) for m, name, child in held if isinstance(child, _INSERTED)]
     for module, name, child in held:
         if name not in ('drop_path', 'fa', *getattr(child, 'places', ())):
             raise UserError(f'{type(module).__name__} wraps an inserted gate; unwrap it first')

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..papers import paper_top1
-from ..utils import UserError, write_text
+from ..utils import UserError, look_up, write_text
 from .page import summary_table
 from .results import RESULTS_DIR, load_insertions, load_results, released_results
 from .rows import recipe_name, report_rows
@@ -112,8 +112,12 @@ def insertions_table() -> str:
     for run in load_insertions():
         runs[run['model'], run['epochs']][run['gate']].append(run)
     rows = []
-    for (model, epochs), gates in runs.items():
-        before, plain = released_results()[model]['test']['top1'], {r['seed']: r['top1'] for r in gates.get('', [])}
+    released = released_results()
+    for (model, epochs), gates in sorted(runs.items()):
+        before, plain = (
+            released[look_up('released model', model, released)]['test']['top1'],
+            {r['seed']: r['top1'] for r in gates.get('', [])},
+        )
         for gate in sorted(gates):
             top1 = {r['seed']: r['top1'] for r in gates[gate]}
             after = f'{statistics.mean(top1.values()):.2f}'

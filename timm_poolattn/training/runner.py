@@ -235,7 +235,7 @@ def _create_model(
             config = resolve_data_config(vars(args), model=model)
             _check_output(model, config['input_size'])
             if not read_pretrained_cfg(name):  # an entrypoint of the user's own, of which only the model knows them
-                for key in ('input_size', 'interpolation', 'crop_mode'):
+                for key in ('input_size', 'interpolation', 'crop_mode', 'mean', 'std'):
                     setattr(args, key, config[key])
     except UserError:
         raise
