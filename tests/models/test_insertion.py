@@ -20,6 +20,7 @@ from timm_poolattn.utils import UserError
 
 from . import insertion_table
 from .insertion_table import assert_same_state, gates_of, state_of
+from .test_tools import Wrapper
 
 #: One small model of each family, how many residual blocks it has, and how many of them FA gates.
 MODELS = {
@@ -363,11 +364,11 @@ def test_wrappers_in_our_own_networks():
     """FA and wrapped blocks: refused and unchanged, with a remedy; a channel gate comes out of them."""
     model = timm_poolattn.insert(create('resnet20'), 'saam')
     for stage in model.stages:
-        stage.blocks = nn.ModuleList(map(BlockWrapper, stage.blocks))
+        stage.blocks = nn.ModuleList(map(Wrapper, stage.blocks))
     timm_poolattn.remove(model)
     modules, expected = repr(model), model(X)
     assert 'SAAM' not in modules
-    with pytest.raises(UserError, match=r'its blocks are wrapped \(BlockWrapper\), insert FA before that'):
+    with pytest.raises(UserError, match=r'its blocks are wrapped \(Wrapper\), insert FA before that'):
         timm_poolattn.insert(model, 'fa')
     assert repr(model) == modules and model(X).equal(expected)
     model = create('resnet20')
@@ -380,15 +381,6 @@ def test_wrappers_in_our_own_networks():
     with pytest.raises(UserError, match='CheckpointWrapper wraps an inserted gate; unwrap it first'):
         timm_poolattn.remove(model)
     assert repr(model) == modules
-
-
-class BlockWrapper(nn.Module):
-    def __init__(self, block):
-        super().__init__()
-        self.block = block
-
-    def forward(self, x, shortcut):
-        return self.block(x, shortcut)
 
 
 @pytest.mark.parametrize(('name', 'gate'), [('resnet18', 'saam'), ('resnet18', 'fa'), ('resnet20', 'fa')])

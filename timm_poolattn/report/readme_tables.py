@@ -114,10 +114,8 @@ def insertions_table() -> str:
     rows = []
     released = released_results()
     for (model, epochs), gates in sorted(runs.items()):
-        before, plain = (
-            released[look_up('released model', model, released)]['test']['top1'],
-            {r['seed']: r['top1'] for r in gates.get('', [])},
-        )
+        before = released[look_up('released model', model, released)]['test']['top1']
+        plain = {r['seed']: r['top1'] for r in gates.get('', [])}
         for gate in sorted(gates):
             top1 = {r['seed']: r['top1'] for r in gates[gate]}
             after = f'{statistics.mean(top1.values()):.2f}'
