@@ -6,12 +6,25 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch: the cores belong 
 
 import pytest
 import torch
+import torch.jit._builtins
 from PIL import Image
 
 import timm_poolattn  # noqa: F401  registers the models
 from timm_poolattn.training import find_train_script
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # no test reaches for a network
+
+# TorchScript knows an operator by its id(). torch.ao.quantization defines four operators twice and frees the first;
+# an object that gets such an id later is taken for the operator, and torch.jit.script fails now and then.
+_OPERATORS, _register = [], torch.jit._builtins._register_builtin
+
+
+def _register_and_keep(operator: object, name: str) -> None:
+    _OPERATORS.append(operator)
+    _register(operator, name)
+
+
+torch.jit._builtins._register_builtin = _register_and_keep
 
 
 @pytest.fixture(autouse=True)
