@@ -38,23 +38,34 @@ def manifest(tmp_path: Path, text: str) -> Path:
 
 def release(folder: Path, top1: float, recipe: str) -> Path:
     folder.mkdir(parents=True)
-    result = dict(model='resnet20_fa', tag='cifar10', recipe=recipe, seed=42, last_epoch_top1=top1)
+    result = dict(model='resnet20_fa', tag='cifar10', recipe=recipe, epochs=9, seed=42, last_epoch_top1=top1)
     (folder / 'results.json').write_text(json.dumps(result))
     (folder / 'model.safetensors').write_text(recipe)
     return folder
 
 
 def test_an_entry_is_every_combination_without_what_is_done(zoo, tmp_path, monkeypatch):
-    done = dict(model='resnet20_fa', tag='cifar100', recipe='fa-cifar100', seed=1)
+    done = dict(model='resnet20_fa', tag='cifar100', recipe='fa-cifar100', epochs=240, seed=1)
     monkeypatch.setattr(zoo, 'load_results', lambda: [done])
     entry = "- {models: [resnet20_fa, resnet56_fa], data: [cifar10, cifar100], recipe: 'fa-{data}', seeds: [1]}"
     todo = zoo.read_manifest(manifest(tmp_path, entry), tmp_path)
     assert [run.folder.name for run in todo] == [
-        'resnet20_fa.cifar10-fa-cifar10-1',
-        'resnet56_fa.cifar10-fa-cifar10-1',
-        'resnet56_fa.cifar100-fa-cifar100-1',
+        'resnet20_fa.cifar10-fa-cifar10-240-1',
+        'resnet56_fa.cifar10-fa-cifar10-240-1',
+        'resnet56_fa.cifar100-fa-cifar100-240-1',
     ]
     assert [run.epochs for run in todo] == [240, 240, 240]  # FA paper, Sec. III-D
+
+
+def test_a_run_of_more_epochs_is_another_run(zoo, tmp_path, monkeypatch):
+    done = dict(model='resnet20_fa', tag='cifar10', recipe='cpu', epochs=30, seed=42)
+    monkeypatch.setattr(zoo, 'load_results', lambda: [done])
+    entry = "- {{models: [resnet20_fa], data: [cifar10], recipe: cpu, args: [--epochs, '{}']}}\n"
+    todo = zoo.read_manifest(manifest(tmp_path, ''.join(map(entry.format, (30, 40, 60)))), tmp_path)
+    assert [(run.epochs, run.folder.name) for run in todo] == [
+        (40, 'resnet20_fa.cifar10-cpu-40-42'),
+        (60, 'resnet20_fa.cifar10-cpu-60-42'),
+    ]
 
 
 def test_a_recipe_that_does_not_exist_is_named(zoo, tmp_path):
@@ -81,7 +92,7 @@ def test_the_better_release_stays_and_the_other_leaves_its_results(zoo, tmp_path
     assert (hub_configs / name / 'model.safetensors').read_text() == kept
     assert [path.name for path in hub_configs.iterdir()] == [name]
     left = {'there': 'new', 'new': 'there'}[kept]
-    expected = [f'{name}-{left}-42.json'] if there else []
+    expected = [f'{name}-{left}-9-42.json'] if there else []
     assert [path.name for path in (tmp_path / 'results').glob('*')] == expected
 
 
@@ -116,7 +127,7 @@ def test_a_killed_zoo_goes_on_where_it_was(train_script, cifar10_few, tmp_path):
     command = [sys.executable, '-c', _ZOO_IN, str(SCRIPT), str(tmp_path), '--manifest', str(path)]
     command += ['--data-root', str(tmp_path / 'data'), '--runs', str(tmp_path / 'runs'), '--jobs', '1']
     env = {**os.environ, 'TIMM_TRAIN_SCRIPT': str(train_script)}
-    folder = tmp_path / 'runs' / 'resnet20_saam.cifar10-cpu-short-42'
+    folder = tmp_path / 'runs' / 'resnet20_saam.cifar10-cpu-short-12-42'
     killed = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 240

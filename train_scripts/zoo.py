@@ -31,7 +31,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 
@@ -57,15 +57,11 @@ class Run:
     model: str
     data: str
     recipe: str
+    epochs: int
     seed: int
     warm_start: str | None
     args: tuple[str, ...]
     folder: Path
-
-    @property
-    def epochs(self) -> int:
-        given = dict(zip(self.args, self.args[1:], strict=False))
-        return int(given.get('--epochs', yaml.safe_load(recipes()[self.recipe].read_text())['epochs']))
 
     @property
     def epochs_done(self) -> int:
@@ -73,8 +69,8 @@ class Run:
 
     def is_done(self) -> bool:
         """Return True if a results file, of a release or not, is this run's."""
-        mine = (self.model, self.data, self.recipe, self.seed)
-        return any((r['model'], r['tag'], r.get('recipe'), r['seed']) == mine for r in load_results())
+        mine = (self.model, self.data, self.recipe, self.epochs, self.seed)
+        return any((r['model'], r['tag'], r.get('recipe'), r['epochs'], r['seed']) == mine for r in load_results())
 
     def commands(self, data_root: Path, device: str) -> Iterator[list[str]]:
         """Yield what is left to do, each to be run when the one before it has succeeded."""
@@ -103,8 +99,11 @@ def read_manifest(path: Path, runs: Path) -> list[Run]:
             look_up('recipe', recipe, recipes(), f'named in {path}')
             check_model_name(f'{model}.{data}')
             warm_start = entry.get('warm_start', '').format(model=model) or None
-            folder = runs / f'{model}.{data}-{recipe}-{seed}'
-            todo.append(Run(model, data, recipe, seed, warm_start, tuple(entry.get('args', ())), folder))
+            args = tuple(entry.get('args', ()))
+            given = dict(pairwise(args))
+            epochs = int(given.get('--epochs', yaml.safe_load(recipes()[recipe].read_text())['epochs']))
+            folder = runs / f'{model}.{data}-{recipe}-{epochs}-{seed}'
+            todo.append(Run(model, data, recipe, epochs, seed, warm_start, args, folder))
     return [run for run in todo if not run.is_done()]
 
 
@@ -199,7 +198,7 @@ def keep_better(new: Path, hub_configs: Path) -> Path:
     results = {path: json.loads((path / 'results.json').read_text()) for path in (new, here) if path.exists()}
     worst_first = sorted(results, key=lambda path: results[path]['last_epoch_top1'])
     for worse in worst_first[:-1]:
-        name = '{model}.{tag}-{recipe}-{seed}.json'.format(**{'recipe': 'unnamed', **results[worse]})
+        name = '{model}.{tag}-{recipe}-{epochs}-{seed}.json'.format(**{'recipe': 'unnamed', **results[worse]})
         write_text(RESULTS_DIR / name, (worse / 'results.json').read_text())
     if worst_first[-1] == here:
         return RESULTS_DIR / name

@@ -48,12 +48,11 @@ def test_benchmarks_are_those_of_the_json():
 def test_csv_has_a_line_for_each_run():
     rows = list(csv.DictReader(io.StringIO(results_csv())))
     assert len(rows) == len(load_results())
-    saam = next(r for r in rows if (r['model'], r['data']) == ('resnet20_saam', 'cifar10'))
-    assert {k: saam[k] for k in ('recipe', 'epochs', 'seed', 'top-1', 'parameters', 'multiply-adds')} == {
+    saam = next(r for r in rows if (r['model'], r['data'], r['epochs']) == ('resnet20_saam', 'cifar10', '16'))
+    assert {k: saam[k] for k in ('recipe', 'seed', 'top-1', 'parameters', 'multiply-adds')} == {
         'recipe': 'cpu-short',
-        'epochs': '24',
         'seed': '42',
-        'top-1': '91.75',
+        'top-1': '90.91',
         'parameters': '281051',
         'multiply-adds': '41184192',
     }
