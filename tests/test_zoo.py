@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+
+from timm_poolattn.utils import UserError
 
 SCRIPT = Path(__file__).parents[1] / 'train_scripts' / 'zoo.py'
 
@@ -45,7 +48,9 @@ def release(folder: Path, top1: float, recipe: str) -> Path:
 
 
 def test_an_entry_is_every_combination_without_what_is_done(zoo, tmp_path, monkeypatch):
-    done = dict(model='resnet20_fa', tag='cifar100', recipe='fa-cifar100', epochs=240, seed=1)
+    done = dict(
+        model='resnet20_fa', tag='cifar100', recipe='fa-cifar100', epochs=240, seed=1, arguments=dict(epochs=240)
+    )
     monkeypatch.setattr(zoo, 'load_results', lambda: [done])
     entry = "- {models: [resnet20_fa, resnet56_fa], data: [cifar10, cifar100], recipe: 'fa-{data}', seeds: [1]}"
     todo = zoo.read_manifest(manifest(tmp_path, entry), tmp_path)
@@ -58,14 +63,49 @@ def test_an_entry_is_every_combination_without_what_is_done(zoo, tmp_path, monke
 
 
 def test_a_run_of_more_epochs_is_another_run(zoo, tmp_path, monkeypatch):
-    done = dict(model='resnet20_fa', tag='cifar10', recipe='cpu', epochs=30, seed=42)
+    done = dict(model='resnet20_fa', tag='cifar10', recipe='cpu', epochs=35, seed=42, arguments=dict(epochs=30))
     monkeypatch.setattr(zoo, 'load_results', lambda: [done])
-    entry = "- {{models: [resnet20_fa], data: [cifar10], recipe: cpu, args: [--epochs, '{}']}}\n"
+    entry = '- {{models: [resnet20_fa], data: [cifar10], recipe: cpu, epochs: {}}}\n'
     todo = zoo.read_manifest(manifest(tmp_path, ''.join(map(entry.format, (30, 40, 60)))), tmp_path)
     assert [(run.epochs, run.folder.name) for run in todo] == [
         (40, 'resnet20_fa.cifar10-cpu-40-42'),
         (60, 'resnet20_fa.cifar10-cpu-60-42'),
     ]
+
+
+ENTRY = '- {models: [resnet20_fa], data: [cifar10], recipe: cpu'
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        (ENTRY + ', seed: [1, 2]}', r"unknown key 'seed'; choose from .*seeds"),
+        (ENTRY + ', seeds: 1}', r'seeds is 1, and must be a list: \[1\]'),
+        (ENTRY + ", args: '--lr 0.1'}", r"args is '--lr 0.1', and must be a list"),
+        (ENTRY + ", args: ['--epochs=40']}", r'--epochs=40 in args: .* epochs and seeds are keys'),
+        ('- {models: [resnet20_fa], recipe: cpu}', 'an entry lacks data: '),
+        (f'{ENTRY}, args: [--lr, 0.1]}}\n{ENTRY}, args: [--lr, 0.2]}}', 'resnet20_fa.cifar10-cpu-30-42 is there twice'),
+    ],
+)
+def test_mistakes_in_a_manifest_are_named(zoo, tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        zoo.read_manifest(manifest(tmp_path, text), tmp_path)
+
+
+def test_what_a_manifest_may_leave_open(zoo, tmp_path):
+    assert zoo.read_manifest(manifest(tmp_path, ''), tmp_path) == []
+    (run,) = zoo.read_manifest(manifest(tmp_path, ENTRY + ', warm_start:, args: [--lr, 0.1]}'), tmp_path)
+    assert (run.epochs, run.seed, run.warm_start, run.args) == (30, 42, None, ('--lr', '0.1'))
+
+
+def test_epochs_without_a_row_are_counted(zoo, tmp_path):
+    """--val-interval writes the rows of evaluated epochs alone."""
+    (run,) = zoo.read_manifest(manifest(tmp_path, ENTRY + '}'), tmp_path)
+    assert run.epochs_done == 0
+    run.folder.mkdir()
+    (run.folder / 'summary.csv').write_text('epoch,train_loss\n3,0.5\n7,0.4\n')
+    torch.save({}, run.folder / 'last.pth.tar')
+    assert run.epochs_done == 8
 
 
 def test_a_recipe_that_does_not_exist_is_named(zoo, tmp_path):
@@ -122,7 +162,7 @@ def test_a_killed_zoo_goes_on_where_it_was(train_script, cifar10_few, tmp_path):
     path = manifest(
         tmp_path,
         '- {models: [resnet20_saam, resnet20_fa], data: [cifar10], recipe: cpu-short,'
-        " args: [--epochs, '12', --batch-size, '20']}",
+        ' epochs: 12, args: [--batch-size, 20]}',
     )
     command = [sys.executable, '-c', _ZOO_IN, str(SCRIPT), str(tmp_path), '--manifest', str(path)]
     command += ['--data-root', str(tmp_path / 'data'), '--runs', str(tmp_path / 'runs'), '--jobs', '1']

@@ -10,6 +10,7 @@ A manifest is a YAML list; an entry stands for every combination of its models, 
     - models: [resnet20_saam, resnet20_fa]
       data: [cifar10, cifar100]           # DATA/cifar10 and so on: folders by class
       recipe: saam-{data}                 # a recipe of `poolattn train`
+      epochs: 60                          # default: the recipe's
       seeds: [42]                         # default: [42]
       warm_start: '{model}.cifar10'       # source of `poolattn warm-start`; default: none
       args: [--lr, '0.012']               # more arguments of `poolattn train`; default: none
@@ -31,9 +32,10 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 import timm
@@ -48,6 +50,9 @@ from timm_poolattn.training import newest_checkpoint, read_curve, recipes
 from timm_poolattn.utils import UserError, hub_configs_dir, look_up, progress, replacing, write_text
 
 HERE = Path(__file__).parent
+KEYS = ('models', 'data', 'recipe', 'epochs', 'seeds', 'warm_start', 'args')  # of an entry
+#: Arguments of train.py that the zoo sets itself.
+TAKEN = ('--epochs', '--seed', '--model', '--data-dir', '--val-split', '--device', '--output', '--experiment')
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,17 @@ class Run:
 
     @property
     def epochs_done(self) -> int:
-        return len(read_curve(self.folder)) if newest_checkpoint(self.folder) else 0
+        curve = read_curve(self.folder)  # without a row for epochs that --val-interval leaves out
+        return int(curve[-1]['epoch']) + 1 if curve and newest_checkpoint(self.folder) else 0
 
     def is_done(self) -> bool:
         """Return True if a results file, of a release or not, is this run's."""
-        mine = (self.model, self.data, self.recipe, self.epochs, self.seed)
-        return any((r['model'], r['tag'], r.get('recipe'), r['epochs'], r['seed']) == mine for r in load_results())
+        mine = (self.model, self.data, self.recipe, self.seed, self.epochs)
+        return any(
+            # what was asked for: --cooldown-epochs make a run longer
+            (r['model'], r['tag'], r.get('recipe'), r['seed'], r['arguments'].get('epochs', r['epochs'])) == mine
+            for r in load_results()
+        )
 
     def commands(self, data_root: Path, device: str) -> Iterator[list[str]]:
         """Yield what is left to do, each to be run when the one before it has succeeded."""
@@ -83,7 +93,18 @@ class Run:
             begin += ['--initial-checkpoint', str(start)]  # which --resume overrides, and the run's record names
         data = ['--data-dir', str(data_root / self.data)]
         if not ((self.folder / 'run.json').is_file() and self.epochs_done >= self.epochs):
-            train = ['--model', name, '--seed', str(self.seed), '--val-split', 'test', '--device', device]
+            train = [
+                '--model',
+                name,
+                '--epochs',
+                str(self.epochs),
+                '--seed',
+                str(self.seed),
+                '--val-split',
+                'test',
+                '--device',
+                device,
+            ]
             output = ['--output', str(self.folder.parent), '--experiment', self.folder.name]
             yield [*poolattn, 'train', '--recipe', self.recipe, *train, *data, *output, *begin, *self.args]
         release = ['hub', 'release', str(self.folder), '--tag', self.data, *data, '--out', str(self.folder / 'release')]
@@ -91,20 +112,38 @@ class Run:
 
 
 def read_manifest(path: Path, runs: Path) -> list[Run]:
-    """Return the manifest's runs in its order, but for those that are done."""
-    todo = []
-    for entry in yaml.safe_load(path.read_text()):
+    """Return the manifest's runs in its order, but for those that are done.
+
+    Raises:
+        UserError: an entry that is not as the head of this file has it, or two entries for one run.
+    """
+    todo: dict[Path, Run] = {}
+    for entry in yaml.safe_load(path.read_text()) or ():
+        _check_entry(entry, path)
         for model, data, seed in product(entry['models'], entry['data'], entry.get('seeds', [42])):
             recipe = entry['recipe'].format(data=data)
             look_up('recipe', recipe, recipes(), f'named in {path}')
             check_model_name(f'{model}.{data}')
-            warm_start = entry.get('warm_start', '').format(model=model) or None
-            args = tuple(entry.get('args', ()))
-            given = dict(pairwise(args))
-            epochs = int(given.get('--epochs', yaml.safe_load(recipes()[recipe].read_text())['epochs']))
+            epochs = entry.get('epochs', yaml.safe_load(recipes()[recipe].read_text())['epochs'])
+            warm_start = (entry.get('warm_start') or '').format(model=model) or None
             folder = runs / f'{model}.{data}-{recipe}-{epochs}-{seed}'
-            todo.append(Run(model, data, recipe, epochs, seed, warm_start, args, folder))
-    return [run for run in todo if not run.is_done()]
+            if folder in todo:
+                raise UserError(f'{path}: {folder.name} is there twice; runs differ by recipe, epochs or seed')
+            args = tuple(map(str, entry.get('args', ())))
+            todo[folder] = Run(model, data, recipe, epochs, seed, warm_start, args, folder)
+    return [run for run in todo.values() if not run.is_done()]
+
+
+def _check_entry(entry: dict[str, Any], path: Path) -> None:
+    for key in entry:
+        look_up('key', key, KEYS, f'of an entry of {path}')
+    if missing := [key for key in KEYS[:3] if key not in entry]:
+        raise UserError(f'{path}: an entry lacks {", ".join(missing)}: {entry}')
+    for key in ('models', 'data', 'seeds', 'args'):
+        if not isinstance(entry.get(key, []), list):
+            raise UserError(f'{path}: {key} is {entry[key]!r}, and must be a list: [{entry[key]}]')
+    if taken := [arg for arg in map(str, entry.get('args', ())) if arg.partition('=')[0] in TAKEN]:
+        raise UserError(f'{path}: {taken[0]} in args: the zoo sets it itself; epochs and seeds are keys of an entry')
 
 
 def seconds_per_image(model: str, device: str, batch_size: int = 128, steps: int = 3) -> tuple[float, int]:

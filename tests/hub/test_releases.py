@@ -243,6 +243,9 @@ def test_mistakes(run_dir, tmp_path):
     with pytest.raises(UserError, match='evaluated on train, which is for training; train with --val-split test'):
         release(run_dir, 'cifar10', out=tmp_path)
     (run_dir / 'args.yaml').write_text(yaml.safe_dump(args))
+    shutil.copy(run_dir / 'last.pth.tar', run_dir / 'model_best.pth.tar')
+    with pytest.raises(UserError, match=r'model_best.pth.tar is of epoch 2, and epoch 0 did best: a resume lost it'):
+        release(run_dir, 'cifar10', checkpoint='best', out=tmp_path)
     (run_dir / 'model_best.pth.tar').unlink()
     with pytest.raises(FileNotFoundError, match=r'no model_best\.pth\.tar'):
         release(run_dir, 'cifar10', checkpoint='best', out=tmp_path)

@@ -239,7 +239,13 @@ def test_resume_after_a_cut_row(train_script, cifar10_few, trained, tmp_path):
     (folder / 'summary.csv').write_text(summary[:-8])
     run_train(train_script, cifar10_few, tmp_path, '--model', 'resnet20.cifar10', '--epochs', 3, '--resume', 'auto')
     assert [row['epoch'] for row in read_curve(folder)] == [0, 2]
-    assert json.loads((folder / 'run.json').read_text())['resumed'][0]['after_epochs'] == 1
+    assert json.loads((folder / 'run.json').read_text())['resumed'][0]['after_epochs'] == 2
+
+
+def test_a_resumed_plateau_is_refused(train_script, cifar10_few, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 'run')
+    with pytest.raises(UserError, match='--sched plateau: no checkpoint holds where it is'):
+        run_train(train_script, cifar10_few, tmp_path, '--sched', 'plateau', '--epochs', 3, '--resume', 'auto')
 
 
 def test_a_kill_keeps_time_and_history(train_script, cifar10_few, tmp_path):

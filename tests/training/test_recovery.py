@@ -76,6 +76,23 @@ def test_killed_runs_resume_to_the_same_weights(train_script, cifar10_few, tmp_p
     assert [row['epoch'] for row in read_curve(killed / 'run')] == [*range(epochs)]
 
 
+def test_the_best_epoch_outlives_a_resume(train_script, cifar10_few, tmp_path):
+    # the first epoch's rate is 0, that of the others spoils the weights
+    options = ['--pretrained', '--checkpoint-hist', 2, '--lr', 1, '--warmup-lr', 0, '--warmup-epochs', 1]
+    run = run_train(train_script, cifar10_few, tmp_path, *options)
+    for epochs in (2, 3):
+        run_train(train_script, cifar10_few, tmp_path, *options, '--epochs', epochs, '--resume', 'auto')
+    first, *others = (row['eval_top1'] for row in read_curve(run))
+    assert len(others) == 2 and first > max(others)
+    best = checkpoint(run, 'model_best')
+    assert (best['epoch'], best['metric']) == (0, first)
+    names = {path.name for path in run.glob('checkpoint-*')}
+    assert 'checkpoint-0.pth.tar' in names and len(names) == 2
+    run_train(train_script, cifar10_few, tmp_path, *options, '--epochs', 2, '--resume', run / 'checkpoint-0.pth.tar')
+    record = json.loads((run / 'run.json').read_text())
+    assert [part['after_epochs'] for part in record['resumed']] == [1, 2, 1]
+
+
 def test_repeats_on_any_worker_count(train_script, cifar10_few, tmp_path, one_thread):
     for name, count in (('a', 0), ('b', 2)):
         run_train(train_script, cifar10_few, tmp_path / name, '--workers', count, '--reprob', 1, '--mixup', 0.2)

@@ -93,11 +93,17 @@ def release(
         )
     if not any('eval_top1' in row for row in curve):  # --val-interval leaves epochs out
         raise UserError(f'{run_dir}: summary.csv has no evaluated epoch; let the run finish, by --resume')
+    chosen_by = run.args.get('eval_metric') or 'top1'
     if checkpoint == 'last' and 'metric' in saved and saved['epoch'] > curve[-1]['epoch']:
         # its row was lost; the checkpoint has its accuracy too
-        metric = f'eval_{run.args.get("eval_metric") or "top1"}'
-        curve = [*curve, {'epoch': float(saved['epoch']), metric: saved['metric']}]
+        curve = [*curve, {'epoch': float(saved['epoch']), f'eval_{chosen_by}': saved['metric']}]
     evaluated = [row for row in curve if 'eval_top1' in row]
+    best = max(evaluated, key=lambda row: row['eval_top1'])
+    if checkpoint == 'best' and chosen_by == 'top1' and saved['epoch'] != best['epoch']:
+        raise UserError(
+            f'{run_dir}: {CHECKPOINTS["best"]} is of epoch {saved["epoch"]}, and epoch {best["epoch"]:.0f} did best: a'
+            f' resume lost it; release the last epoch'
+        )
     model.pretrained_cfg['tag'] = tag
     config, data = run.data_config(model), run.load_data(model, data_dir)
     _check_fit(run_dir, tag, model.num_classes, config, data.classes)
@@ -110,7 +116,6 @@ def release(
         written = create_model(f'local-dir:{temp}', pretrained=True)
         test = evaluate(written, data)
         _compare(run_dir, test, next((row for row in evaluated if row['epoch'] == saved['epoch']), None))
-        best = max(evaluated, key=lambda row: row['eval_top1'])
         results = dict(
             model=arch,
             tag=tag,

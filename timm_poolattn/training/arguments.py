@@ -20,7 +20,7 @@ from ..models import check_model_name
 from ..utils import MissingFileError, UserError, look_up, look_up_device
 
 #: Those of timm's create_scheduler_v2; of any other name it makes a constant rate without a word.
-_SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'constant', 'none')
+_SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'constant', 'wsd', 'rsqrt')
 #: Of timm's saver.
 _METRICS = ('top1', 'top5', 'loss')
 _COUNTS = ('epochs', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'log_interval', 'val_interval')

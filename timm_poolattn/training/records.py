@@ -18,7 +18,7 @@ import torchvision
 from ..utils import UserError, write_text
 from ..version import __version__
 from .recovery import newest_checkpoint
-from .runs import read_curve
+from .runs import read_checkpoint, read_curve
 
 try:
     import fcntl
@@ -128,8 +128,7 @@ class Record:
         before = _read(Path(resume).parent / 'run.json') if resume else {}
         if before:
             part = {k: before.get(k, {}) for k in ('arguments', 'options')}
-            if curve := read_curve(Path(resume).parent):
-                part['after_epochs'] = int(curve[-1]['epoch']) + 1
+            part['after_epochs'] = read_checkpoint(resume)['epoch'] + 1
             self.facts['resumed'] = [*before.get('resumed', []), part]
             self.facts = {**{k: before[k] for k in ('warm_start', 'classes') if k in before}, **self.facts}
             self.seconds_before = before.get('wall_time_s', 0)

@@ -82,12 +82,14 @@ class Guard:
     Args:
         seed: train.py's.
         rank: of this process.
+        resume: the checkpoint that the run goes on from, or ''.
         on_save: called whenever a checkpoint has been saved.
     """
 
-    def __init__(self, seed: int, rank: int = 0, on_save: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, seed: int, rank: int = 0, resume: str = '', on_save: Callable[[], None] = lambda: None) -> None:
         self.seed = seed
         self.rank = rank
+        self.resume = resume
         self.on_save = on_save
         self.epoch = self.update = 0
         self.saver = None  # train.py's, which the primary process alone has
@@ -101,6 +103,9 @@ class Guard:
             self.epoch, self.update, self.training = epoch, 0, True
             if saver and not self.saver:
                 self.saver = saver
+                if self.resume and Path(self.resume).parent.samefile(saver.checkpoint_dir):
+                    # or the first epoch from here would become model_best, however good those before it were
+                    saver.load_state_dict_from_checkpoint(self.resume)
                 saver.save_checkpoint = self._named(saver.save_checkpoint)
                 saver.save_recovery = self._named(saver.save_recovery)
             random_seed(random.Random(f'{self.seed}/{epoch}').getrandbits(31), self.rank)

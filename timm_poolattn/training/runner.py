@@ -93,6 +93,11 @@ def train(
         raise UserError('--resume auto: give --experiment too, the name of the folder to go on in')
     if args.resume:
         check_checkpoint(args.resume)
+        if args.sched == 'plateau':
+            raise UserError(
+                '--sched plateau: no checkpoint holds where it is, so a resumed run would have other learning rates;'
+                ' train from the start, or with another --sched'
+            )
     resident = resident and _can_be_resident(args)
     classes = [] if args.class_map or (args.dataset and not resident) else _check_data(args)
     if folder is None and rank == 0:
@@ -108,7 +113,7 @@ def train(
     handlers_before = logging.root.handlers[:]  # main adds its own each time
     with own_folder(folder, args.resume) if rank == 0 else nullcontext():
         record = Record(folder, args.resume, args.device, seed=args.seed, **facts) if rank == 0 else None
-        guard = Guard(args.seed, rank, on_save=record.write if record else lambda: None)
+        guard = Guard(args.seed, rank, args.resume, on_save=record.write if record else lambda: None)
         note = partial(_note_classes, args, args.num_classes, record)
         module._parse_args = lambda: (args, parsed.text)
         module.create_model = partial(_create_model, args, module.create_model, note, classes)
