@@ -173,6 +173,23 @@ def test_constructor_errors(make, message):
         make()
 
 
+@pytest.mark.parametrize('channels', [49, 98, 103])
+def test_the_ratio_that_an_error_recommends(channels):
+    with pytest.raises(ValueError, match=f'leaves no hidden channel of {channels}; 1/{channels} does'):
+        SAAM(channels, rd_ratio=0.9 / channels)
+    assert SAAM(channels, rd_ratio=1 / channels).fc1.out_features == 1
+
+
+@pytest.mark.parametrize('use_mlp', [False, True])
+def test_eca_is_timms(use_mlp):
+    gate, timms = (make(64, use_mlp=use_mlp) for make in (GATES['eca'], timm.layers.EcaModule))
+    gate.load_state_dict(timms.state_dict())
+    x = torch.randn(2, 64, 8, 5)
+    torch.testing.assert_close(gate(x), timms(x))
+    torch.testing.assert_close(torch.jit.script(gate)(x), timms(x))
+    assert gate(x[:0]).shape == (0, 64, 8, 5)
+
+
 def test_focus_association_takes_the_earlier_k():
     first, third = FocusAssociation(8, 1), FocusAssociation(8, 3)
     x = torch.randn(2, 8, 4, 4)

@@ -45,6 +45,7 @@ def test_model_api(name):
     assert features.shape == (2, model.num_features, size, size)
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
     torch.testing.assert_close(model.forward_head(features), model(x))
+    torch.testing.assert_close(model.stages(model.forward_stem(x)), features)
     assert model.get_classifier() is model.get_submodule(model.get_classifier(name_only=True))
 
     final, intermediates = model.forward_intermediates(x)
@@ -63,6 +64,15 @@ def test_model_api(name):
     assert model.prune_intermediate_layers([0, 1]) == [0, 1]
     torch.testing.assert_close(model.forward_features(x), intermediates[1])
     assert model.num_features == intermediates[1].shape[1]
+
+
+@pytest.mark.parametrize('name', ['resnet20', 'resnet20_saam', 'resnet20_fa', 'resnext29_fa'])
+def test_children_in_a_row_are_the_network(name):
+    """The usual way to take the head off."""
+    model, x = timm.create_model(name).eval(), torch.randn(2, 3, 32, 32)
+    *body, head = model.children()
+    torch.testing.assert_close(torch.nn.Sequential(*body)(x), model.forward_features(x))
+    torch.testing.assert_close(torch.nn.Sequential(*body, head)(x), model(x))
 
 
 @pytest.mark.parametrize('name', RESNETS + ONE_OF_EACH[3:] + LARGE)

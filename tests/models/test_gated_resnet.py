@@ -2,6 +2,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import EcaModule
 from timm.models import group_parameters
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
@@ -81,6 +82,25 @@ def test_without_identity_init_the_gates_are_the_papers(tmp_path):
     weights = model.state_dict()
     assert all(weights[name].equal(weight) for name, weight in plain.state_dict().items())
     assert not torch.allclose(model(X), plain(X), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize('name', ['resnet50_saam', 'resnet50_fa'])
+def test_timms_arguments_of_blocks(name):
+    """The model's own gate comes before `attn_layer`."""
+    model = timm.create_model(name, block_args=dict(attn_layer='eca'), **SMALL)
+    block = model.layer1.blocks[0] if name == 'resnet50_fa' else model.layer1[0]
+    assert isinstance(block.se, EcaModule if name == 'resnet50_fa' else SAAM)
+
+
+def test_fa_takes_the_weights_of_a_network_with_se(tmp_path):
+    plain = timm.create_model('seresnet50', layers=SMALL['layers']).state_dict()
+    save_file(plain, tmp_path / 'se.safetensors')
+    kwargs = dict(gate='fase', gate_kwargs=dict(rd_ratio=1 / 16, rd_divisor=8), **SMALL)
+    overlay = dict(file=str(tmp_path / 'se.safetensors'))
+    weights = timm.create_model('resnet50_fa', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).state_dict()
+    for name in ('se.fc1.weight', 'conv2.weight', 'bn3.running_var'):
+        assert weights[f'layer3.blocks.1.{name}'].equal(plain[f'layer3.1.{name}'])
+    assert weights['layer3.shortcut.1.weight'].equal(plain['layer3.0.downsample.1.weight'])
 
 
 @pytest.mark.parametrize('gate', ['saam', 'fa'])

@@ -176,6 +176,14 @@ def test_drop_path_stays(gate):
     assert rates == [m.drop_prob for m in model.modules() if isinstance(m, timm.layers.DropPath)] and len(rates) == 7
 
 
+def test_init_weights_leaves_the_gates():
+    model = timm_poolattn.insert(timm.create_model('resnet20'), 'saam')
+    gates = [m for m in model.modules() if isinstance(m, InsertedGate)]
+    before = copy.deepcopy([gate.state_dict() for gate in gates])
+    model.init_weights()
+    torch.testing.assert_close([gate.state_dict() for gate in gates], before, rtol=0, atol=0)
+
+
 def test_the_penalty_is_found():
     from timm_poolattn.training import PenaltyTask
 

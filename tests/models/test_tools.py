@@ -18,6 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import timm_poolattn
@@ -227,6 +228,16 @@ def test_distributed(name, process_group):
             timm_poolattn.insert(wrapped, 'saam')
         with pytest.raises(UserError, match='shares the parameters'):
             timm_poolattn.remove(wrapped)
+
+
+@pytest.mark.parametrize('name', ['resnet20', 'resnet20_spem', 'resnet20_saam', 'resnet20_fa'])
+def test_distributed_tensors(name, process_group):
+    """Images that are sharded over the batch."""
+    mesh, model = init_device_mesh('cpu', (1,)), timm.create_model(name).eval()
+    expected = step(model)
+    sharded = distribute_module(copy.deepcopy(model), mesh)
+    found = step(sharded, distribute_tensor(X, mesh, [Shard(0)]))
+    torch.testing.assert_close({n: g.full_tensor() for n, g in found.items()}, expected)
 
 
 @pytest.mark.parametrize('name', ['resnet20_spem', 'resnet20_saam', 'resnet20_fa', 'resnet20_fase'])

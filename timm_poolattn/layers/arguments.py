@@ -14,5 +14,5 @@ def check_channels(x: torch.Tensor, channels: int, name: str) -> None:
 
 def check_rd_ratio(channels: int, rd_ratio: float, name: str) -> None:
     """Refuse a ratio of hidden channels that leaves less than one of `channels`."""
-    if channels * rd_ratio < 1:
+    if round(channels * rd_ratio, 6) < 1:  # 49 * (1 / 49) is a little less
         raise UserError(f'{name}: rd_ratio={rd_ratio:.4g} leaves no hidden channel of {channels}; 1/{channels} does')

@@ -15,4 +15,7 @@ class ECA(EcaModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x.mean((2, 3)).unsqueeze(1)  # timm's view(B, 1, -1) is ambiguous where B = 0
-        return x * self.gate(self.conv(y)).transpose(1, 2).unsqueeze(3)
+        y = self.conv(y)
+        if self.conv2 is not None:  # use_mlp
+            y = self.conv2(self.act(y))
+        return x * self.gate(y).transpose(1, 2).unsqueeze(3)

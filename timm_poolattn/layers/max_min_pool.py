@@ -12,7 +12,6 @@ compiled, channels last; 1.24 and 1.68 eager, channels last; 1.28 and 1.44 eager
 import os
 
 import torch
-from torch import fx
 from torch.nn import functional as F
 
 _use_fused = os.environ.get('TIMM_POOLATTN_FUSED_POOL', '1') != '0'
@@ -45,8 +44,12 @@ def max_min_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _gathers(x: torch.Tensor) -> bool:
-    """Return True in training. A graph that leaves this process keeps to torch's own operators, amax and amin."""
-    if not _use_fused or isinstance(x, fx.Proxy) or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    """Return True in training.
+
+    A graph that leaves this process keeps to torch's own operators, amax and amin, and so does what is no plain tensor:
+    an fx.Proxy, a DTensor.
+    """
+    if not _use_fused or type(x) is not torch.Tensor or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
     return torch.is_grad_enabled() and x.requires_grad
 

@@ -164,10 +164,20 @@ def set_skip_threshold(model: nn.Module, threshold: float, per_sample: bool = Tr
             module.skip_per_sample = per_sample
 
 
+class Stages(nn.ModuleList):
+    """The stages of a network, which can be called, as `nn.Sequential(*list(model.children())[:-1])` does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        stage_ks: list[torch.Tensor] = []
+        for stage in self:
+            x = stage(x, stage_ks)
+        return x
+
+
 class StagedNet(nn.Module):
     """A stem, stages and a head, with timm's model API.
 
-    A subclass sets `stages`, a ModuleList of modules with `forward(x, stage_ks)` as `Stage` has it, `head`, and
+    A subclass sets `stages`, `Stages` of modules with `forward(x, stage_ks)` as `Stage` has it, `head`, and
     `feature_info` (the stem's first, if it is one), and defines `forward_stem` and `stem_pattern`, of the stem's
     parameter names.
 
@@ -268,11 +278,7 @@ class StagedNet(nn.Module):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.forward_stem(x)
-        stage_ks: list[torch.Tensor] = []
-        for stage in self.stages:
-            x = stage(x, stage_ks)
-        return x
+        return self.stages(self.forward_stem(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         return self.head(x, pre_logits=pre_logits)

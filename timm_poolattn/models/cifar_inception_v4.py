@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from ..layers import FocusAssociation
 from ._registry import read_default_cfgs, register_models
-from ._stage import Stage, StagedNet, small_gates
+from ._stage import Stage, StagedNet, Stages, small_gates
 
 __all__ = ['CifarInceptionV4']
 
@@ -140,7 +140,7 @@ class CifarInceptionV4(StagedNet):
                 )
             )
             self.feature_info.append(dict(num_chs=width, reduction=reduction * 2**s, module=f'stages.{s}'))
-        self.stages = nn.ModuleList(stages)
+        self.stages = Stages(stages)
         for m in self.modules():
             if isinstance(m, nn.MaxPool2d):
                 m.padding = 1  # same, where timm's blocks have valid

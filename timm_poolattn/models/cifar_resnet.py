@@ -27,7 +27,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ..layers import GATES, FocusAssociation
 from ..utils import UserError, look_up
 from ._registry import read_default_cfgs, register_models
-from ._stage import Stage, StagedNet, split_gate
+from ._stage import Stage, StagedNet, Stages, split_gate
 
 __all__ = ['CifarResNet']
 
@@ -284,7 +284,7 @@ class CifarResNet(StagedNet):
                 in_chs = out_chs
             stages.append(Stage(blocks, shortcut, FocusAssociation(out_chs, s, **dd) if has_fa and s else None))
             self.feature_info.append(dict(num_chs=out_chs, reduction=reduction, module=f'stages.{s}'))
-        self.stages = nn.ModuleList(stages)
+        self.stages = Stages(stages)
 
         self._set_head(num_classes, global_pool, drop_rate, **dd)
         self.init_weights()
@@ -292,7 +292,8 @@ class CifarResNet(StagedNet):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialise the backbone's convolutions as He et al. (fan out); gates keep their own."""
-        gates = {m for b in self._blocks() for m in b.gate.modules()}
+        # `insert` puts its gates where drop_path was
+        gates = {m for b in self._blocks() for part in (b.gate, b.drop_path) for m in part.modules()}
         for m in self.modules():
             if isinstance(m, nn.Conv2d) and m not in gates:
                 nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..layers import FocusAssociation, fa_weight, fa_weight_unskipped
 from ._registry import read_default_cfgs, register_models
-from ._stage import StagedNet, append_k, small_gates
+from ._stage import StagedNet, Stages, append_k, small_gates
 
 __all__ = ['CifarVgg']
 
@@ -137,7 +137,7 @@ class CifarVgg(StagedNet):
             module = f'stages.{i - 1}' if i else 'stem'
             self.feature_info.append(dict(num_chs=width, reduction=2 ** (i + 1), module=module))
         self.stem = blocks[0]  # the benchmark block
-        self.stages = nn.ModuleList(blocks[1:])
+        self.stages = Stages(blocks[1:])
         self._set_head(num_classes, global_pool, drop_rate, **dd)
         for m in self.modules():
             if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3):

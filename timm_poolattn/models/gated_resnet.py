@@ -47,11 +47,13 @@ class GatedResNet(ResNet):
         gate: str | None = None,
         gate_kwargs: dict[str, Any] | None = None,
         identity_init: bool = False,
+        block_args: dict[str, Any] | None = None,
         **kwargs,
     ) -> None:
         channel_gate, _ = split_gate(type(self).__name__, gate, gate_kwargs, self.gates)
         create = partial(create_gate, channel_gate, identity_init=identity_init, **(gate_kwargs or {}))
-        super().__init__(self.block, layers, block_args=dict(attn_layer=create if channel_gate else None), **kwargs)
+        block_args = {**(block_args or {}), **(dict(attn_layer=create) if channel_gate else {})}
+        super().__init__(self.block, layers, block_args=block_args, **kwargs)
         self.gate = gate
 
 
@@ -146,12 +148,11 @@ class FaResNet(GatedResNet):
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Complete a plain backbone's checkpoint (timm's, torchvision's) with the model's own gates."""
-    if any(re.search(r'\.(se|fa)\.', name) for name in state_dict):
-        return state_dict
-    if isinstance(model, FaResNet):
+    if isinstance(model, FaResNet) and not any('.blocks.' in name for name in state_dict):
         state_dict = {re.sub(r'^(layer\d)\.', r'\1.blocks.', name): weight for name, weight in state_dict.items()}
         state_dict = {name.replace('.blocks.0.downsample.', '.shortcut.'): w for name, w in state_dict.items()}
-    gates = {name: weight for name, weight in model.state_dict().items() if re.search(r'\.(se|fa)\.', name)}
+    kinds = [kind for kind in ('.se.', '.fa.') if not any(kind in name for name in state_dict)]
+    gates = {n: weight for n, weight in model.state_dict().items() if any(kind in n for kind in kinds)}
     return {**state_dict, **gates}
 
 
