@@ -84,6 +84,14 @@ ENTRY = '- {models: [resnet20_fa], data: [cifar10], recipe: cpu'
         (ENTRY + ", args: '--lr 0.1'}", r"args is '--lr 0.1', and must be a list"),
         (ENTRY + ", args: ['--epochs=40']}", r'--epochs=40 in args: .* epochs and seeds are keys'),
         ('- {models: [resnet20_fa], recipe: cpu}', 'an entry lacks data: '),
+        (ENTRY + ", epochs: '40'}", "'40' is no whole number"),
+        (ENTRY + ', epochs:}', 'None is no whole number'),
+        (ENTRY + ', seeds: [a]}', "'a' is no whole number"),
+        (ENTRY + ', args: [--recipe, cpu-short]}', '--recipe in args'),
+        ('- {models: [resnet20_fa], data: [cifar10], recipe: 7}', 'recipe is 7, and must be a name'),
+        ("- {models: [resnet20_fa], data: [cifar10], recipe: 'cpu-{dataset}'}", "unknown recipe 'cpu-{dataset}'"),
+        ('- 5', 'a manifest is a list of entries'),
+        ('- {models: [', 'no YAML'),
         (f'{ENTRY}, args: [--lr, 0.1]}}\n{ENTRY}, args: [--lr, 0.2]}}', 'resnet20_fa.cifar10-cpu-30-42 is there twice'),
     ],
 )
@@ -134,6 +142,44 @@ def test_the_better_release_stays_and_the_other_leaves_its_results(zoo, tmp_path
     left = {'there': 'new', 'new': 'there'}[kept]
     expected = [f'{name}-{left}-9-42.json'] if there else []
     assert [path.name for path in (tmp_path / 'results').glob('*')] == expected
+
+
+def test_no_results_file_takes_anothers_place(zoo, tmp_path):
+    """Runs without a recipe differ by nothing that their names could say."""
+    name, hub_configs = 'resnet20_fa.cifar10', tmp_path / 'hub_configs'
+    for i, top1 in enumerate((80.0, 85.0, 90.0, 90.0)):
+        folder = release(tmp_path / f'run{i}' / name, top1, 'none')
+        text = (folder / 'results.json').read_text().replace('"recipe": "none", ', '')
+        (folder / 'results.json').write_text(text)
+        zoo.keep_better(folder, hub_configs)
+    left = {path.name: json.loads(path.read_text())['last_epoch_top1'] for path in (tmp_path / 'results').glob('*')}
+    stem = f'{name}-unnamed-9-42'
+    assert left == {f'{stem}.json': 80, f'{stem}-2.json': 85, f'{stem}-3.json': 90}
+
+
+@pytest.mark.parametrize(('given', 'expected'), [(None, ['0', '1', '0']), ('2,3', ['2', '3', '2'])])
+def test_the_gpus_that_were_given(zoo, tmp_path, monkeypatch, given, expected):
+    if given:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', given)
+    else:
+        monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(zoo.Job, '_next', lambda job: None)
+    (run,) = zoo.read_manifest(manifest(tmp_path, ENTRY + '}'), tmp_path)
+    visible = []
+    for slot in range(3):
+        job = zoo.Job(run, tmp_path, 'cuda', slot)
+        visible.append(job.env['CUDA_VISIBLE_DEVICES'])
+        job.close()
+    assert visible == expected
+
+
+def test_data_that_do_not_fit_are_named(zoo, tmp_path):
+    (tmp_path / 'cifar10').mkdir()
+    result = CliRunner().invoke(
+        zoo.main, ['--data-root', str(tmp_path), '--manifest', str(manifest(tmp_path, ENTRY + '}')), '--plan']
+    )
+    assert result.exit_code == 1 and result.exception.code == 1 and f'Error: {tmp_path}' in result.output
 
 
 def test_data_that_is_not_there_is_left_out_by_name(zoo, tmp_path):

@@ -32,7 +32,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, count, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,13 +46,14 @@ import timm_poolattn  # noqa: F401  registers the models
 from timm_poolattn.data import load_images
 from timm_poolattn.models import check_model_name
 from timm_poolattn.report.results import RESULTS_DIR, load_results
-from timm_poolattn.training import newest_checkpoint, read_curve, recipes
+from timm_poolattn.training import read_curve, recipes
 from timm_poolattn.utils import UserError, hub_configs_dir, look_up, progress, replacing, write_text
 
 HERE = Path(__file__).parent
 KEYS = ('models', 'data', 'recipe', 'epochs', 'seeds', 'warm_start', 'args')  # of an entry
 #: Arguments of train.py that the zoo sets itself.
-TAKEN = ('--epochs', '--seed', '--model', '--data-dir', '--val-split', '--device', '--output', '--experiment')
+TAKEN = ('--recipe', '--config', '--model', '--epochs', '--seed', '--data-dir', '--data', '--dataset', '--val-split')
+TAKEN += ('--device', '--output', '--experiment', '--resume', '--initial-checkpoint')
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Run:
     @property
     def epochs_done(self) -> int:
         curve = read_curve(self.folder)  # without a row for epochs that --val-interval leaves out
-        return int(curve[-1]['epoch']) + 1 if curve and newest_checkpoint(self.folder) else 0
+        return int(curve[-1]['epoch']) + 1 if curve and (self.folder / 'last.pth.tar').is_file() else 0
 
     def is_done(self) -> bool:
         """Return True if a results file, of a release or not, is this run's."""
@@ -118,14 +119,20 @@ def read_manifest(path: Path, runs: Path) -> list[Run]:
         UserError: an entry that is not as the head of this file has it, or two entries for one run.
     """
     todo: dict[Path, Run] = {}
-    for entry in yaml.safe_load(path.read_text()) or ():
+    try:
+        entries = yaml.safe_load(path.read_text()) or []
+    except yaml.YAMLError as e:
+        raise UserError(f'{path}: no YAML: {" ".join(str(e).split())}') from e
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f'{path}: a manifest is a list of entries, each with {", ".join(KEYS[:3])}')
+    for entry in entries:
         _check_entry(entry, path)
         for model, data, seed in product(entry['models'], entry['data'], entry.get('seeds', [42])):
-            recipe = entry['recipe'].format(data=data)
+            recipe = entry['recipe'].replace('{data}', data)
             look_up('recipe', recipe, recipes(), f'named in {path}')
             check_model_name(f'{model}.{data}')
             epochs = entry.get('epochs', yaml.safe_load(recipes()[recipe].read_text())['epochs'])
-            warm_start = (entry.get('warm_start') or '').format(model=model) or None
+            warm_start = (entry.get('warm_start') or '').replace('{model}', model) or None
             folder = runs / f'{model}.{data}-{recipe}-{epochs}-{seed}'
             if folder in todo:
                 raise UserError(f'{path}: {folder.name} is there twice; runs differ by recipe, epochs or seed')
@@ -142,6 +149,11 @@ def _check_entry(entry: dict[str, Any], path: Path) -> None:
     for key in ('models', 'data', 'seeds', 'args'):
         if not isinstance(entry.get(key, []), list):
             raise UserError(f'{path}: {key} is {entry[key]!r}, and must be a list: [{entry[key]}]')
+    if not isinstance(entry['recipe'], str):
+        raise UserError(f'{path}: recipe is {entry["recipe"]!r}, and must be a name')
+    for number in (*([entry['epochs']] if 'epochs' in entry else []), *entry.get('seeds', [])):
+        if type(number) is not int or number < 0:
+            raise UserError(f'{path}: {number!r} is no whole number, as epochs and seeds must be')
     if taken := [arg for arg in map(str, entry.get('args', ())) if arg.partition('=')[0] in TAKEN]:
         raise UserError(f'{path}: {taken[0]} in args: the zoo sets it itself; epochs and seeds are keys of an entry')
 
@@ -198,7 +210,9 @@ class Job:
         self.slot = slot
         self.env = dict(os.environ)
         if device == 'cuda':
-            self.env['CUDA_VISIBLE_DEVICES'] = str(slot % torch.cuda.device_count())
+            given = self.env.get('CUDA_VISIBLE_DEVICES')
+            ids = given.split(',') if given else list(map(str, range(torch.cuda.device_count())))
+            self.env['CUDA_VISIBLE_DEVICES'] = ids[slot % len(ids)]
         else:
             self.env.setdefault('OMP_NUM_THREADS', '1')
         self.process = self._next()
@@ -235,12 +249,16 @@ def keep_better(new: Path, hub_configs: Path) -> Path:
     """Move a release folder to `hub_configs` unless a better one is there; the worse leaves its results file."""
     here = hub_configs / new.name
     results = {path: json.loads((path / 'results.json').read_text()) for path in (new, here) if path.exists()}
-    worst_first = sorted(results, key=lambda path: results[path]['last_epoch_top1'])
+    top1 = {path: r.get('last_epoch_top1') or r['test']['top1'] for path, r in results.items()}
+    worst_first = sorted(results, key=top1.get)
     for worse in worst_first[:-1]:
-        name = '{model}.{tag}-{recipe}-{epochs}-{seed}.json'.format(**{'recipe': 'unnamed', **results[worse]})
-        write_text(RESULTS_DIR / name, (worse / 'results.json').read_text())
+        text = (worse / 'results.json').read_text()
+        stem = '{model}.{tag}-{recipe}-{epochs}-{seed}'.format(**{'recipe': 'unnamed', **results[worse]})
+        names = (RESULTS_DIR / f'{stem}{number}.json' for number in chain([''], (f'-{i}' for i in count(2))))
+        left = next(path for path in names if not path.is_file() or path.read_text() == text)
+        write_text(left, text)
     if worst_first[-1] == here:
-        return RESULTS_DIR / name
+        return left
     with replacing(here) as staged:  # the runs may lie on another disk
         shutil.copytree(new, staged)
     return here
@@ -295,11 +313,14 @@ def main(data_root: Path, manifest: Path, runs: Path, time_budget: float, jobs: 
     """Train what a manifest lists and no results file has, into release folders. See the head of this file."""
     deadline = time.monotonic() + 3600 * time_budget
     signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated; the same command goes on'))  # runs the finally
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
-        todo = read_manifest(manifest, runs)
+        _train(read_manifest(manifest, runs), data_root, jobs, plan, deadline)
     except UserError as e:
         raise click.ClickException(str(e)) from e
+
+
+def _train(todo: list[Run], data_root: Path, jobs: int | None, plan: bool, deadline: float) -> None:
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     for data in sorted({run.data for run in todo if not (data_root / run.data).is_dir()}):
         click.echo(f'left out: {sum(run.data == data for run in todo)} runs on {data}, which {data_root} does not hold')
     todo = [run for run in todo if (data_root / run.data).is_dir()]

@@ -93,6 +93,8 @@ def test_torchvision_cifar(tmp_path, monkeypatch):
     assert data.images.shape == (20, 32, 32, 3) and data.classes == names
     assert np.array_equal(data.images[0].numpy(), pixels[0].reshape(3, 32, 32).transpose(1, 2, 0))
     assert load_images(tmp_path, 'test', name='torch/cifar10').targets.tolist() == [3, 1, 4, 1]
+    with pytest.raises(UserError, match="unknown split 'trian'; "):
+        load_images(tmp_path, 'trian', name='torch/cifar10')
 
 
 def test_errors(image_folder, tmp_path):

@@ -9,6 +9,7 @@ from torch import nn
 
 from timm_poolattn.layers import SPEM
 from timm_poolattn.training import PenaltyTask
+from timm_poolattn.training.runner import _create_optimizer
 
 from .test_recipes import recipe
 
@@ -116,6 +117,18 @@ def test_the_decoupled_step_is_sgds():
     for gate in task.gates:
         torch.testing.assert_close(gate.p.data, torch.full((2,), 0.5 * (1 - 0.01 * 2 * 0.1)))
     assert sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize('opt', ['momentum', 'adamw', 'lookahead_momentum', 'lookahead_adamw'])
+def test_lookahead_takes_the_penalty_of_what_it_wraps(opt):
+    model = timm.create_model('resnet20_spem').eval()
+    task = PenaltyTask(model, nn.CrossEntropyLoss(), penalty_weight=0.1)
+    optimizer = _create_optimizer([task], create_optimizer_v2, model, opt, lr=0.01)
+    assert task.decoupled == opt.endswith('adamw')
+    task(INPUT, TARGET)['loss'].backward()
+    optimizer.step()
+    for gate in task.gates:
+        torch.testing.assert_close(gate.p.data, torch.full((2,), 0.5 * (1 - 0.01 * 2 * 0.1)))
 
 
 @pytest.mark.parametrize('name', ['resnet20_saam', 'resnet20'])

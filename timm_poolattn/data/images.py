@@ -24,7 +24,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from ..papers import DATASETS
 from ..utils import MissingFileError, UserError, cache_dir, look_up, progress, remove_leftovers, replacing
-from .listing import TRAIN_SPLITS, Listing, list_split
+from .listing import EVAL_SPLITS, TRAIN_SPLITS, Listing, list_split
 from .view import MAX_PIXELS, View, open_image, to_channels
 
 _logger = logging.getLogger(__name__)
@@ -164,6 +164,7 @@ def list_classes(root: str | Path, split: str = 'train') -> list[str]:
 
 def _load_torchvision(name: str, root: Path, split: str, download: bool) -> ImageData:
     look_up('data set', name, _TORCHVISION, 'or give a folder')
+    look_up('split', split, (*TRAIN_SPLITS, *EVAL_SPLITS), f'of {name}')
     try:
         # torchvision checks the MD5 of each of its files before it unpickles them
         data = _TORCHVISION[name](root, train=split in TRAIN_SPLITS, download=download)

@@ -112,7 +112,9 @@ class Record:
     def __init__(self, folder: Path, resume: str, device: str, **facts: Any) -> None:
         self.path = folder / 'run.json'
         self.start = time.time()
-        name = torch.cuda.get_device_name() if device.startswith('cuda') else f'{os.cpu_count()} CPU cores'
+        name = torch.cuda.get_device_name(device) if device.startswith('cuda') else f'{os.cpu_count()} CPU cores'
+        if (processes := int(os.environ.get('WORLD_SIZE', 1))) > 1:
+            name = f'{processes} processes, each with a batch of its own: {name}'
         self.facts = dict(
             facts,
             versions=dict(

@@ -270,8 +270,9 @@ def _create_task(tasks: list[TrainingTask], kind: type[TrainingTask], penalty_we
 def _create_optimizer(tasks: list[TrainingTask], create: Callable[..., Optimizer], *args, **kwargs) -> Optimizer:
     """Call timm's create_optimizer_v2. If steps do not follow the gradient's size, the task has the penalty."""
     optimizer = create(*args, **kwargs)
-    if not isinstance(optimizer, torch.optim.SGD):
-        tasks[-1].decouple(optimizer)
+    inner = getattr(optimizer, '_base_optimizer', optimizer)  # private: Lookahead runs no hooks, what it wraps does
+    if not isinstance(inner, torch.optim.SGD):
+        tasks[-1].decouple(inner)
     return optimizer
 
 
