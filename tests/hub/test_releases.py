@@ -244,7 +244,7 @@ def test_mistakes(run_dir, tmp_path):
         release(run_dir, 'cifar10', out=tmp_path)
     (run_dir / 'args.yaml').write_text(yaml.safe_dump(args))
     shutil.copy(run_dir / 'last.pth.tar', run_dir / 'model_best.pth.tar')
-    with pytest.raises(UserError, match=r'model_best.pth.tar is of epoch 2, and epoch 0 did best: a resume lost it'):
+    with pytest.raises(UserError, match=r'model_best.pth.tar is of epoch 1, and epoch 0 did best: a resume lost it'):
         release(run_dir, 'cifar10', checkpoint='best', out=tmp_path)
     (run_dir / 'model_best.pth.tar').unlink()
     with pytest.raises(FileNotFoundError, match=r'no model_best\.pth\.tar'):
