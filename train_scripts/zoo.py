@@ -94,18 +94,8 @@ class Run:
             begin += ['--initial-checkpoint', str(start)]  # which --resume overrides, and the run's record names
         data = ['--data-dir', str(data_root / self.data)]
         if not ((self.folder / 'run.json').is_file() and self.epochs_done >= self.epochs):
-            train = [
-                '--model',
-                name,
-                '--epochs',
-                str(self.epochs),
-                '--seed',
-                str(self.seed),
-                '--val-split',
-                'test',
-                '--device',
-                device,
-            ]
+            train = ['--model', name, '--epochs', str(self.epochs), '--seed', str(self.seed)]
+            train += ['--val-split', 'test', '--device', device]
             output = ['--output', str(self.folder.parent), '--experiment', self.folder.name]
             yield [*poolattn, 'train', '--recipe', self.recipe, *train, *data, *output, *begin, *self.args]
         release = ['hub', 'release', str(self.folder), '--tag', self.data, *data, '--out', str(self.folder / 'release')]
