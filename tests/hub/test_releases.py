@@ -95,6 +95,21 @@ def test_release_folder(run_dir, tmp_path, cifar10_few):
     assert str(tmp_path) not in text
 
 
+def test_dead_gates_are_said(run_dir, tmp_path, caplog):
+    run_dir, _ = run_dir
+    trained = load_file(released()['resnet20_saam.cifar10'] / 'model.safetensors')
+    checkpoint = torch.load(run_dir / 'last.pth.tar', weights_only=False)
+    for fc1, dead in ((1, []), (0, ['stages.2.blocks.0.gate'])):
+        state = {k: v * fc1 if k == 'stages.2.blocks.0.gate.fc1.weight' else v for k, v in trained.items()}
+        torch.save({**checkpoint, 'state_dict': state}, run_dir / 'last.pth.tar')
+        folder = release(run_dir, 'cifar10', out=tmp_path)
+        assert json.loads((folder / 'results.json').read_text())['dead_gates'] == dead
+        said = 'No gradient reaches 1 of its gates, which training left constant. Fine-tuning does not move\nit'
+        assert (said in (folder / 'README.md').read_text()) == bool(dead)
+        assert ('no gradient reaches stages.2.blocks.0.gate' in caplog.text) == bool(dead)
+        assert all(check.ok for check in verify(folder))
+
+
 def test_metadata_and_hashes(run_dir, tmp_path):
     folder = release(run_dir[0], 'cifar10', out=tmp_path / 'hub_configs')
     results = json.loads((folder / 'results.json').read_text())

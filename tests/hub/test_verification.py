@@ -337,6 +337,7 @@ def test_files_that_are_no_mapping(other, file, text):
     [
         *(dict(test=[]), dict(test=dict(top1=101)), dict(parameters='many'), dict(tag=None), dict(best_epoch='x')),
         *(dict(best_top1=None), dict(last_epoch_top1=[]), dict(released_by='me'), dict(seed=0.5), dict(recipe=None)),
+        *(dict(dead_gates='none'), dict(dead_gates=['a gate']), dict(dead_gates=[3.5])),
     ],
     ids=str,
 )

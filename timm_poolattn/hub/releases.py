@@ -6,16 +6,21 @@ import logging
 import math
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 import yaml
 from huggingface_hub import eval_result_entries_to_yaml
 from timm.models import create_model
+from torch import nn
 
+from ..data import ImageData
 from ..data.listing import TRAIN_SPLITS
-from ..inference import evaluate
+from ..explain import dead_gates
+from ..inference import evaluate, evaluation_loader
 from ..models import FAMILIES, data_sha256, multiply_adds, save_model
 from ..papers import DATASETS
 from ..training.runs import CHECKPOINTS, read_run
@@ -43,8 +48,9 @@ def release(
     The folder holds config.json and model.safetensors (timm's save_for_hf), results.json, the model card README.md and
     `.eval_results/`. The metadata of model.safetensors names the architecture, the package's version, the git commit of
     its checkout and `data_sha256`, the SHA-256 of all bytes behind the header: a file cannot hold its own hash.
-    results.json has the SHA-256 of the whole file, and accuracy as measured on the written folder. An existing folder
-    of the name is replaced once the new one is whole.
+    results.json has the SHA-256 of the whole file, accuracy as measured on the written folder, and the gates that got
+    no gradient from its images (`dead_gates`), of which a warning is given. An existing folder of the name is replaced
+    once the new one is whole.
 
     Args:
         run_dir: output folder of the run.
@@ -126,6 +132,7 @@ def release(
             checkpoint=dict(which=checkpoint, epoch=saved['epoch'], ema=run.has_ema(saved)),
             released_by=source,
             test=test,
+            dead_gates=_find_dead_gates(written, data),
             **(dict(onnx=write_onnx(written, temp, data, test['top1'])) if onnx else {}),
             epochs=int(curve[-1]['epoch']) + 1,
             last_epoch_top1=evaluated[-1]['eval_top1'],
@@ -161,6 +168,18 @@ def _compare(run_dir: Path, test: dict[str, float], row: dict[str, float] | None
             f'{run_dir}: the run says {row["eval_top1"]:.2f}% of epoch {row["epoch"]:.0f}, and {test["top1"]:.2f}% is'
             ' measured and released: args.yaml, run.json or the data may not be those that it was trained with'
         )
+
+
+def _find_dead_gates(model: nn.Module, data: ImageData) -> list[str]:
+    """Name the gates that no image moves, of 256 spread over `data`, and warn of them."""
+    some = torch.linspace(0, len(data) - 1, min(256, len(data))).long()
+    x, _ = next(iter(evaluation_loader(model, replace(data, images=data.images[some], targets=data.targets[some]))))
+    if dead := dead_gates(model, x):
+        _logger.warning(
+            f'{model.pretrained_cfg["architecture"]}: no gradient reaches {", ".join(dead)}: training left these gates'
+            ' constant, and fine-tuning would not move them; train with a smaller --lr, or with --opt sgd'
+        )
+    return dead
 
 
 def write_texts(folder: Path, results: dict[str, Any]) -> None:
