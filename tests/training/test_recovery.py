@@ -134,6 +134,13 @@ def test_diverging_loss(train_script, cifar10_few, tmp_path, accumulate):
     assert all(w.isfinite().all() for w in checkpoint(tmp_path / 'run')['state_dict'].values())
 
 
+def test_no_resume_is_offered_that_would_be_refused(train_script, cifar10_few, tmp_path):
+    options = ['-b', 8, '--epochs', 3, '--lr', 1e30, '--warmup-lr', 0, '--warmup-epochs', 1, '--sched', 'plateau']
+    with pytest.raises(RunStopped, match=r'lower --lr, or clip with --clip-grad 1\.$'):
+        run_train(train_script, cifar10_few, tmp_path, *options)
+    assert (tmp_path / 'run' / 'last.pth.tar').is_file()
+
+
 NOT_SAVED = r'epoch 1 could not be saved, with ([\d.]+) GB free on its disk \(.*\)\. To go on from .* --resume (.*)'
 
 

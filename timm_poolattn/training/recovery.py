@@ -83,13 +83,22 @@ class Guard:
         seed: train.py's.
         rank: of this process.
         resume: the checkpoint that the run goes on from, or ''.
+        resumable: whether a message may offer to go on from a checkpoint.
         on_save: called whenever a checkpoint has been saved.
     """
 
-    def __init__(self, seed: int, rank: int = 0, resume: str = '', on_save: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        rank: int = 0,
+        resume: str = '',
+        resumable: bool = True,
+        on_save: Callable[[], None] = lambda: None,
+    ) -> None:
         self.seed = seed
         self.rank = rank
         self.resume = resume
+        self.resumable = resumable
         self.on_save = on_save
         self.epoch = self.update = 0
         self.saver = None  # train.py's, which the primary process alone has
@@ -194,7 +203,7 @@ class Guard:
     def save_interrupted(self) -> str:
         """Save where Ctrl-C stopped it, by timm's own recovery checkpoint; returns how to resume."""
         message = f'interrupted in epoch {self.epoch} after {self.update} updates.'
-        if not self.saver:
+        if not self.saver or not self.resumable:
             return message
         if self.interrupts == 1 and self.update:  # a second Ctrl-C may have hit within an update
             self.saver.save_recovery(self.epoch, batch_idx=self.update - 1)
@@ -205,7 +214,7 @@ class Guard:
         return Path(self.saver.checkpoint_dir)
 
     def _resume_from(self) -> str:
-        path = newest_checkpoint(self._folder()) if self.saver else None
+        path = newest_checkpoint(self._folder()) if self.saver and self.resumable else None
         if not path:
             return ''
         folder = path.parent

@@ -91,9 +91,10 @@ def train(
             args.resume = str(newest_checkpoint(folder) or '')
     elif args.resume == 'auto':
         raise UserError('--resume auto: give --experiment too, the name of the folder to go on in')
+    resumable = args.sched != 'plateau'
     if args.resume:
         check_checkpoint(args.resume)
-        if args.sched == 'plateau':
+        if not resumable:
             raise UserError(
                 '--sched plateau: no checkpoint holds where it is, so a resumed run would have other learning rates;'
                 ' train from the start, or with another --sched'
@@ -113,7 +114,7 @@ def train(
     handlers_before = logging.root.handlers[:]  # main adds its own each time
     with own_folder(folder, args.resume) if rank == 0 else nullcontext():
         record = Record(folder, args.resume, args.device, seed=args.seed, **facts) if rank == 0 else None
-        guard = Guard(args.seed, rank, args.resume, on_save=record.write if record else lambda: None)
+        guard = Guard(args.seed, rank, args.resume, resumable, on_save=record.write if record else lambda: None)
         note = partial(_note_classes, args, args.num_classes, record)
         module._parse_args = lambda: (args, parsed.text)
         module.create_model = partial(_create_model, args, module.create_model, note, classes)
