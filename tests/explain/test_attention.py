@@ -7,7 +7,7 @@ from timm.layers.cbam import CbamModule
 from torch.nn import functional as F
 
 import timm_poolattn
-from timm_poolattn.explain import attention_trace, dead_gates
+from timm_poolattn.explain import attention_trace
 from timm_poolattn.layers import CBAM, GATES, SAAM, SGE, SPEM, FocusAssociation
 
 
@@ -219,30 +219,3 @@ def test_no_gates():
 def test_our_cbam_is_one_gate():
     model = randomized('resnet20_cbam')
     assert {type(model.get_submodule(n)) for n in attention_trace(model, images(model))} == {CBAM}
-
-
-@pytest.mark.parametrize('name', ['resnet20_saam', 'resnet20_fa', 'resnet20_cbam', 'resnet20'])
-def test_no_gate_is_dead_at_first(name):
-    model = timm.create_model(name)
-    x = torch.randn(64, 3, 32, 32)
-    model(x)  # BatchNorm's averages: with its first ones, all images have much the same signs
-    assert dead_gates(model, x) == []
-
-
-def test_dead_gates_are_named():
-    model = timm.create_model('resnet20_saam').train()
-    x = torch.randn(64, 3, 32, 32)
-    model(x)
-    gate = model.stages[1].blocks[2].gate
-    gate.fc1.weight.data.zero_()  # all hidden units at 0: the gate is 1/2, whatever the image
-    model.stages[0].blocks[0].gate.requires_grad_(False)
-    with torch.no_grad():
-        assert dead_gates(model, x) == ['stages.1.blocks.2.gate']
-    assert model.training and all(p.grad is None for p in model.parameters())
-
-    model = timm.create_model('resnet20_fa')
-    model(x)
-    model.stages[0].blocks[1].fa.focus.fc1.weight.data.zero_()
-    model.stages[0].blocks[1].fa.focus.fc1.bias.data.fill_(-1)
-    assert dead_gates(model, x) == ['stages.0.blocks.1.fa']
-    assert len(dead_gates(timm_poolattn.insert(timm.create_model('resnet20'), 'saam'), x)) == 9  # alpha is 0

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import timm_poolattn
 from timm_poolattn.data import load_images
-from timm_poolattn.explain import dead_gates
 from timm_poolattn.hub import model_card, verify
-from timm_poolattn.inference import evaluate, evaluation_loader, load_pretrained, predict
+from timm_poolattn.hub.releases import without_gradient
+from timm_poolattn.inference import evaluate, load_pretrained, predict
 from timm_poolattn.models import multiply_adds, save_model
 from timm_poolattn.papers import DATASETS, model_args, table_rows
 from timm_poolattn.utils import UserError, released
@@ -32,12 +32,10 @@ def test_the_embedded_models_are_there():
 
 @pytest.mark.parametrize('name', RELEASED)
 class TestRelease:
-    def test_dead_gates_are_those_that_it_says(self, name, cifar10_mini):
-        model = timm.create_model(name, pretrained=True)
+    def test_what_gets_no_gradient_is_said(self, name, cifar10_mini):
         data = load_images(cifar10_mini.with_name(f'{name.partition(".")[2]}-mini.tar'), 'test')
-        images, _ = next(iter(evaluation_loader(model, data, len(data))))
-        said = json.loads((RELEASED[name] / 'results.json').read_text())['dead_gates']
-        assert dead_gates(model, images[::4]) == said
+        said = json.loads((RELEASED[name] / 'results.json').read_text())['without_gradient']
+        assert without_gradient(timm.create_model(name, pretrained=True), data) == said
 
     def test_folder(self, name):
         folder = RELEASED[name]

@@ -95,18 +95,19 @@ def test_release_folder(run_dir, tmp_path, cifar10_few):
     assert str(tmp_path) not in text
 
 
-def test_dead_gates_are_said(run_dir, tmp_path, caplog):
+def test_what_gets_no_gradient_is_said(run_dir, tmp_path, caplog):
     run_dir, _ = run_dir
     trained = load_file(released()['resnet20_saam.cifar10'] / 'model.safetensors')
     checkpoint = torch.load(run_dir / 'last.pth.tar', weights_only=False)
-    for fc1, dead in ((1, []), (0, ['stages.2.blocks.0.gate'])):
-        state = {k: v * fc1 if k == 'stages.2.blocks.0.gate.fc1.weight' else v for k, v in trained.items()}
+    gate = 'stages.2.blocks.0.gate'
+    dead = {**trained, f'{gate}.fc1.weight': trained[f'{gate}.fc1.weight'] * 0}  # g is 0, and the gate 1/2
+    for state, names in ((trained, []), (dead, [f'{gate}.{key}.weight' for key in ('conv', 'fc1', 'fc2')])):
         torch.save({**checkpoint, 'state_dict': state}, run_dir / 'last.pth.tar')
         folder = release(run_dir, 'cifar10', out=tmp_path)
-        assert json.loads((folder / 'results.json').read_text())['dead_gates'] == dead
-        said = 'No gradient reaches 1 of its gates, which training left constant. Fine-tuning does not move\nit'
-        assert (said in (folder / 'README.md').read_text()) == bool(dead)
-        assert ('no gradient reaches stages.2.blocks.0.gate' in caplog.text) == bool(dead)
+        assert json.loads((folder / 'results.json').read_text())['without_gradient'] == names
+        said = '\nNone of these images gives a gradient to\n' + ',\n'.join(f'`{name}`' for name in names) + '.\n'
+        assert (said in (folder / 'README.md').read_text()) == bool(names)
+        assert (f'none of 20 images gives a gradient to {", ".join(names)};' in caplog.text) == bool(names)
         assert all(check.ok for check in verify(folder))
 
 

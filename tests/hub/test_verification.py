@@ -337,13 +337,19 @@ def test_files_that_are_no_mapping(other, file, text):
     [
         *(dict(test=[]), dict(test=dict(top1=101)), dict(parameters='many'), dict(tag=None), dict(best_epoch='x')),
         *(dict(best_top1=None), dict(last_epoch_top1=[]), dict(released_by='me'), dict(seed=0.5), dict(recipe=None)),
-        *(dict(dead_gates='none'), dict(dead_gates=['a gate']), dict(dead_gates=[3.5])),
+        dict(without_gradient='none'),
     ],
     ids=str,
 )
 def test_results(other, change):
     edit(other, 'results.json', **change)
     assert 'results.json' in fails(other, 'header')
+
+
+@pytest.mark.parametrize('names', [['gate'], [3.5], ['head.fc.bias'] * 2, ['head.fc.bias', 'conv1.weight']], ids=str)
+def test_without_gradient_names_parameters_in_their_order(other, names):
+    edit(other, 'results.json', without_gradient=names)
+    assert fails(other, 'parameters').startswith('results.json: without_gradient names what are no parameters of')
 
 
 @pytest.mark.parametrize('gate', [None, 'spem'])

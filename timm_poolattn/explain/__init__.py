@@ -1,3 +1,3 @@
-from .attention import attention_trace, dead_gates
+from .attention import attention_trace
 
-__all__ = ['attention_trace', 'dead_gates']
+__all__ = ['attention_trace']

@@ -89,28 +89,6 @@ def find_gates(model: nn.Module) -> dict[str, nn.Module]:
     return gates
 
 
-def dead_gates(model: nn.Module, x: torch.Tensor) -> list[str]:
-    """Name the gates with a parameter that gets no gradient from any image of a batch, in evaluation mode.
-
-    Mostly all hidden units of a gate are at 0 on every image, behind their ReLU: the gate is a constant, and training
-    on does not move it. Gates that start with a scale of 0, SPEM and those of `identity_init`, are named too before
-    their first step. Frozen parameters are not looked at.
-
-    Args:
-        model: as `attention_trace` takes it; its own gradients stay as they are.
-        x: (B, 3, H, W), normalised, on the model's device.
-    """
-    gates = find_gates(model)
-    named = [(name, p) for name, gate in gates.items() for p in gate.parameters() if p.requires_grad]
-    if not named:
-        return []
-    with torch.enable_grad(), evaluating(model):
-        loss = model(x).square().sum()
-        gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
-    silent = {name for (name, _), g in zip(named, gradients, strict=True) if g is None or not g.any()}
-    return [name for name in gates if name in silent]
-
-
 def block_label(name: str) -> str:
     """Return stage and block by their numbers from 0: '2.1' of a gate's module name 'stages.2.blocks.1.gate'."""
     block = name.partition('.body')[0]  # a VGG block is a sequence, whose numbers are layers

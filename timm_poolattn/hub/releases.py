@@ -6,7 +6,6 @@ import logging
 import math
 import re
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,15 @@ import yaml
 from huggingface_hub import eval_result_entries_to_yaml
 from timm.models import create_model
 from torch import nn
+from torch.nn import functional as F
 
 from ..data import ImageData
 from ..data.listing import TRAIN_SPLITS
-from ..explain import dead_gates
 from ..inference import evaluate, evaluation_loader
 from ..models import FAMILIES, data_sha256, multiply_adds, save_model
 from ..papers import DATASETS
 from ..training.runs import CHECKPOINTS, read_run
-from ..utils import MissingFileError, UserError, hub_configs_dir, look_up, replacing, require, write_text
+from ..utils import MissingFileError, UserError, hub_configs_dir, look_up, progress, replacing, require, write_text
 from ..version import __version__
 from .card import eval_result, model_card
 from .onnx_files import NEEDED, write_onnx
@@ -48,9 +47,9 @@ def release(
     The folder holds config.json and model.safetensors (timm's save_for_hf), results.json, the model card README.md and
     `.eval_results/`. The metadata of model.safetensors names the architecture, the package's version, the git commit of
     its checkout and `data_sha256`, the SHA-256 of all bytes behind the header: a file cannot hold its own hash.
-    results.json has the SHA-256 of the whole file, accuracy as measured on the written folder, and the gates that got
-    no gradient from its images (`dead_gates`), of which a warning is given. An existing folder of the name is replaced
-    once the new one is whole.
+    results.json has the SHA-256 of the whole file, and accuracy as measured on the written folder, as is
+    `without_gradient`: parameters that got none from any of the images, of which a warning is given. An existing folder
+    of the name is replaced once the new one is whole.
 
     Args:
         run_dir: output folder of the run.
@@ -122,6 +121,11 @@ def release(
         written = create_model(f'local-dir:{temp}', pretrained=True)
         test = evaluate(written, data)
         _compare(run_dir, test, next((row for row in evaluated if row['epoch'] == saved['epoch']), None))
+        if silent := without_gradient(written, data):
+            _logger.warning(
+                f'{run_dir}: none of {len(data)} images gives a gradient to {", ".join(silent)}; fine-tuning may not'
+                ' move them'
+            )
         results = dict(
             model=arch,
             tag=tag,
@@ -132,7 +136,7 @@ def release(
             checkpoint=dict(which=checkpoint, epoch=saved['epoch'], ema=run.has_ema(saved)),
             released_by=source,
             test=test,
-            dead_gates=_find_dead_gates(written, data),
+            without_gradient=silent,
             **(dict(onnx=write_onnx(written, temp, data, test['top1'])) if onnx else {}),
             epochs=int(curve[-1]['epoch']) + 1,
             last_epoch_top1=evaluated[-1]['eval_top1'],
@@ -170,16 +174,24 @@ def _compare(run_dir: Path, test: dict[str, float], row: dict[str, float] | None
         )
 
 
-def _find_dead_gates(model: nn.Module, data: ImageData) -> list[str]:
-    """Name the gates that no image moves, of 256 spread over `data`, and warn of them."""
-    some = torch.linspace(0, len(data) - 1, min(256, len(data))).long()
-    x, _ = next(iter(evaluation_loader(model, replace(data, images=data.images[some], targets=data.targets[some]))))
-    if dead := dead_gates(model, x):
-        _logger.warning(
-            f'{model.pretrained_cfg["architecture"]}: no gradient reaches {", ".join(dead)}: training left these gates'
-            ' constant, and fine-tuning would not move them; train with a smaller --lr, or with --opt sgd'
-        )
-    return dead
+def without_gradient(model: nn.Module, data: ImageData) -> list[str]:
+    """Name the parameters to which no image of `data` gives a gradient, in evaluation mode.
+
+    They are mostly those of a gate whose hidden units are behind a ReLU that is 0 for all images, so that it is a
+    constant. Before the first step they are also those of a gate whose scale starts at 0, as p of SPEM.
+
+    Args:
+        model: whose parameters are all trainable.
+        data: as `evaluate` takes it.
+    """
+    left = dict(model.eval().named_parameters())
+    for input, target in progress(evaluation_loader(model, data, batch_size=32), desc='gradients', unit='batch'):
+        loss = F.cross_entropy(model(input), target)
+        gradients = torch.autograd.grad(loss, list(left.values()))
+        left = {name: p for (name, p), g in zip(left.items(), gradients, strict=True) if not g.any()}
+        if not left:
+            break
+    return [*left]
 
 
 def write_texts(folder: Path, results: dict[str, Any]) -> None:

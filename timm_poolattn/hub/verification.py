@@ -55,7 +55,7 @@ _RESULTS = dict(
 #: What they read of it where it is there.
 _OPTIONAL = dict(
     released_by=dict, last_epoch_top1=int | float, best_top1=int | float, best_epoch=int, recipe=str, warm_start=str,
-    seed=int, wall_time_s=int | float, resumed=list, onnx=dict, dead_gates=list,
+    seed=int, wall_time_s=int | float, resumed=list, onnx=dict, without_gradient=list,
 )  # fmt: skip
 #: The file that each check is about.
 _FILES = (
@@ -268,9 +268,6 @@ class _Release:
             _in_range(f'results.json: test {key}', test.get(key), 0, 100)
         _in_range('results.json: test loss', test.get('loss'), 0, 1e6)
         _in_range('results.json: test images', test.get('images'), 1, 1e9)
-        for gate in results.get('dead_gates', ()):
-            if not isinstance(gate, str) or not re.fullmatch(r'[\w.]+', gate):
-                raise UserError(f'results.json: dead_gates has {gate!r}, which names no module')
         return results
 
     def files(self) -> str:
@@ -403,6 +400,10 @@ class _Release:
         count = sum(math.prod(p.shape) for p in model.parameters())
         if count != self.results['parameters']:
             raise UserError(f'results.json says {self.results["parameters"]:,}, the registry {count:,}')
+        names = [name for name, _ in model.named_parameters()]
+        silent = self.results.get('without_gradient', [])
+        if silent != [name for name in names if name in silent]:
+            raise UserError(f'results.json: without_gradient names what are no parameters of {self.results["model"]}')
         return f'{count:,}, as in the registry'
 
     def values(self) -> str:
