@@ -349,7 +349,7 @@ def test_results(other, change):
 @pytest.mark.parametrize('names', [['gate'], [3.5], ['head.fc.bias'] * 2, ['head.fc.bias', 'conv1.weight']], ids=str)
 def test_without_gradient_names_parameters_in_their_order(other, names):
     edit(other, 'results.json', without_gradient=names)
-    assert fails(other, 'parameters').startswith('results.json: without_gradient names what are no parameters of')
+    assert fails(other, 'parameters').startswith('results.json: without_gradient must name parameters of resnet20_saam')
 
 
 @pytest.mark.parametrize('gate', [None, 'spem'])

@@ -403,7 +403,9 @@ class _Release:
         names = [name for name, _ in model.named_parameters()]
         silent = self.results.get('without_gradient', [])
         if silent != [name for name in names if name in silent]:
-            raise UserError(f'results.json: without_gradient names what are no parameters of {self.results["model"]}')
+            raise UserError(
+                f'results.json: without_gradient must name parameters of {self.results["model"]}, each once, in order'
+            )
         return f'{count:,}, as in the registry'
 
     def values(self) -> str:

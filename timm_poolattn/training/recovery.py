@@ -201,7 +201,7 @@ class Guard:
         )
 
     def save_interrupted(self) -> str:
-        """Save where Ctrl-C stopped it, by timm's own recovery checkpoint; returns how to resume."""
+        """Save where Ctrl-C stopped a resumable run, by timm's own recovery checkpoint; returns how to resume."""
         message = f'interrupted in epoch {self.epoch} after {self.update} updates.'
         if not self.saver or not self.resumable:
             return message
