@@ -269,6 +269,5 @@ def _write_cache(path: Path, fingerprint: str, data: ImageData) -> None:
                 remove_leftovers(path.with_name(left.name[1:].rsplit('.', 2)[0]))
         with replacing(path) as temp:
             save_file(dict(images=data.images, targets=data.targets), temp, metadata=meta)
-            os.chmod(temp, 0o644)
     except Exception as e:  # of any kind: it costs the next run a decoding, no more
         _logger.warning(f'{path}: not cached ({e}); TIMM_POOLATTN_CACHE names another folder')

@@ -147,7 +147,6 @@ def release(
         )
         (temp / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
         write_texts(temp, results)
-        (temp / 'model.safetensors').chmod(0o644)  # safetensors leaves it to the user alone
     return folder
 
 

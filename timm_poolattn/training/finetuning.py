@@ -67,7 +67,8 @@ def finetune(data_dir: str | Path, argv: Sequence[str] = (), **options) -> Finet
     argv = [*argv, '--num-classes', str(len(classes)), '--data-dir', str(data_dir)]
     run = read_run(train(argv, **{'recipe': 'finetune', **options}))
     model = run.build_model('best')
-    run.save_model(model, run.folder / 'model')
+    with replacing(run.folder / 'model') as temp:
+        run.save_model(model, temp)
     confusion = confusion_matrix(model, run.load_data(model), run.data_config(model))
     figure = draw_confusion(confusion, classes, run.folder / 'confusion.png')
     return Finetuned(run.folder / 'model', classes, confusion, run.read_checkpoint('best')['epoch'], figure)

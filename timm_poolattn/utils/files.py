@@ -50,6 +50,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temp = folder / path.name
             yield temp
             for file in [temp] if temp.is_file() else temp.rglob('*'):
+                if file.suffix == '.safetensors':
+                    file.chmod(0o644)  # which safetensors leaves to the user alone
                 sync(file)
             if path.is_dir() and temp.is_file():
                 raise UserError(f'{path}: is a folder; name a file')
