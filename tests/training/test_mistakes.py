@@ -12,6 +12,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from timm_poolattn.models.cifar_resnet import CifarResNet
 from timm_poolattn.training import read_curve, read_run, train
 from timm_poolattn.training.records import new_folder, own_folder
 from timm_poolattn.utils import MissingFileError, UserError
@@ -64,6 +65,7 @@ def refused(train_script, data, output, *options, match, kind=UserError, **kwarg
         (['--lr', 'nan'], '--lr is nan, and must be at least 0'),
         (['--interpolation', 'evil'], "unknown interpolation 'evil'; choose from nearest, "),
         (['--num-classes', 0], '--num-classes is 0, and must be at least 1'),
+        (['--worker-seeding', 'evil'], "unknown seeding 'evil'; choose from all, part; for --worker-seeding"),
         (['--wieght-decay', 5], "^unknown argument '--wieght-decay'; nearest: --weight-decay"),
         (['--epochs', 3, '--start-epoch', 3], '--start-epoch 3: counted from 0, the last of --epochs 3 is 2'),
         (['--epohcs=3'], "^unknown argument '--epohcs'; nearest: --epochs"),
@@ -155,10 +157,31 @@ def test_a_broken_image_in_timms_loader(train_script, image_folder, tmp_path):
     refused(train_script, image_folder, tmp_path, *options, match=f'^{image_folder}: {match}', resident=False)
 
 
-def test_what_train_py_finds_in_its_first_batch(train_script, image_folder, tmp_path):
-    options = ['--num-classes', 2, '--workers', 1, '--worker-seeding', 'evil']
-    match = 'train.py takes no such arguments: before the first update it ended with AssertionError'
-    refused(train_script, image_folder, tmp_path, *options, match=match, resident=False)
+@pytest.mark.parametrize(
+    'kind, raised, match',
+    [
+        (torch.OutOfMemoryError, UserError, '^--batch-size 16: cpu has not the memory; give less$'),
+        (RuntimeError, RuntimeError, '^in the first batch$'),  # no argument's fault: it keeps its traceback
+    ],
+)
+def test_what_ends_the_first_batch(train_script, cifar10_few, tmp_path, monkeypatch, kind, raised, match):
+    def forward(self, x):
+        if self.training:
+            raise kind('in the first batch')
+        return plain(self, x)
+
+    plain = CifarResNet.forward
+    monkeypatch.setattr(CifarResNet, 'forward', forward)
+    with pytest.raises(raised, match=match):
+        run_train(train_script, cifar10_few, tmp_path)
+    assert not [*tmp_path.glob('run'), *tmp_path.glob('20*')]
+
+
+def test_a_refused_run_without_a_name_leaves_nothing(train_script, cifar10_few, tmp_path):
+    argv = ['--model', 'resnet20', '--num-classes', '9', '--data-dir', str(cifar10_few), '--output', str(tmp_path)]
+    with pytest.raises(UserError, match='give --num-classes 10'):
+        train(argv, timm_script=train_script)
+    assert not [*tmp_path.glob('run'), *tmp_path.glob('20*')]
 
 
 def test_less_than_a_batch_in_timms_loader(train_script, image_folder, tmp_path):
@@ -201,12 +224,12 @@ class TestFolder:
         assert len(set(folders)) == 5 and all(folder.is_dir() for folder in folders)
 
     def test_two_processes_do_not_train_into_one(self, tmp_path):
-        with own_folder(tmp_path / 'run', ''):
+        with own_folder(tmp_path / 'run', '', is_new=True):
             pid = os.fork()
             if not pid:
                 with suppress(BaseException):
                     with pytest.raises(UserError, match='another process trains into it'):
-                        own_folder(tmp_path / 'run', '').__enter__()
+                        own_folder(tmp_path / 'run', '', is_new=True).__enter__()
                     os._exit(0)
                 os._exit(1)
             assert os.waitpid(pid, 0)[1] == 0

@@ -18,6 +18,7 @@ from timm.optim import list_optimizers
 from ..data.view import INTERPOLATIONS
 from ..models import check_model_name
 from ..utils import MissingFileError, UserError, look_up, look_up_device
+from .runs import MODEL_ARGS
 
 #: Those of timm's create_scheduler_v2; of any other name it makes a constant rate without a word.
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'constant', 'wsd', 'rsqrt')
@@ -39,19 +40,13 @@ _RANGES = {
     **dict.fromkeys(('momentum', 'model_ema_decay', 'layer_decay'), (0, 1)),
     **dict.fromkeys(('std', 'crop_pct'), (1e-3, 1)),
 }
-#: What train.py gives to create_model, and the option for it.
+#: train.py's names of what cannot be in --model-kwargs too, by create_model's.
 _OPTIONS = dict(
+    MODEL_ARGS,
     pretrained='pretrained',
-    in_chans='in-chans',
-    num_classes='num-classes',
-    drop_rate='drop',
-    drop_path_rate='drop-path',
-    drop_block_rate='drop-block',
-    global_pool='gp',
-    bn_momentum='bn-momentum',
-    bn_eps='bn-eps',
+    in_chans='in_chans',
     scriptable='torchscript',
-    checkpoint_path='initial-checkpoint',
+    checkpoint_path='initial_checkpoint',
 )
 
 
@@ -193,7 +188,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_model_name(args.kd_model_name)
     look_up_device(args.device)
     if twice := sorted((args.model_kwargs or {}).keys() & _OPTIONS.keys()):
-        said = ', '.join(f'{key} is --{_OPTIONS[key]}' for key in twice)
+        said = ', '.join(f'{key} is --{_OPTIONS[key].replace("_", "-")}' for key in twice)
         raise UserError(f'--model-kwargs: train.py has options of its own for these: {said}')
     if args.dataset in ('torch/image_folder', 'torch/folder'):  # of which timm evaluates another folder than its split
         raise UserError(f'--dataset {args.dataset}: leave it out; --data-dir alone names a folder of images')
@@ -203,6 +198,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.sched:
         look_up('schedule', args.sched, _SCHEDULES, 'for --sched')
     look_up('mode', args.clip_mode, ('norm', 'value', 'agc'), 'for --clip-mode')
+    look_up('seeding', args.worker_seeding, ('all', 'part'), 'for --worker-seeding')
     look_up('metric', args.eval_metric, _METRICS, 'for --eval-metric')
     look_up('interpolation', args.interpolation or 'bicubic', INTERPOLATIONS, 'for --interpolation')
     for name, (low, high) in _RANGES.items():

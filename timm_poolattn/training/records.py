@@ -42,17 +42,17 @@ def new_folder(output: Path, name: str) -> Path:
 
 
 @contextmanager
-def own_folder(folder: Path, resume: str) -> Iterator[None]:
+def own_folder(folder: Path, resume: str, is_new: bool) -> Iterator[None]:
     """Keep others off a run's folder, and refuse one that holds another run.
 
     Args:
-        folder: is made if it is not there, and removed again where the block raises before an epoch was saved.
+        folder: is made if it is not there.
         resume: the checkpoint that the run goes on from, or ''.
+        is_new: it is this run's, and removed again where the block raises before an epoch was saved.
 
     Raises:
         UserError: the folder holds another run, or another process trains into it.
     """
-    is_new = not os.path.isdir(folder)  # also of a name that is too long
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY) if fcntl else None

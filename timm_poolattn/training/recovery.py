@@ -102,14 +102,14 @@ class Guard:
         self.on_save = on_save
         self.epoch = self.update = 0
         self.saver = None  # train.py's, which the primary process alone has
-        self.started = self.training = False
+        self.started = self.training = False  # started: training has begun, and what ends it is no wrong argument
         self.interrupts = 0
 
     def around(self, train_one_epoch: Callable) -> Callable:
         """Guard train.py's train_one_epoch."""
 
         def guarded(epoch: int, model, loader, optimizer, *args, task: TrainingTask, saver=None, **kwargs):
-            self.epoch, self.update, self.training = epoch, 0, True
+            self.epoch, self.update, self.training, self.started = epoch, 0, True, True
             if saver and not self.saver:
                 self.saver = saver
                 if self.resume and Path(self.resume).parent.samefile(saver.checkpoint_dir):
@@ -124,7 +124,6 @@ class Guard:
 
             def after_update(step: int | None = None) -> None:
                 self.update += 1
-                self.started = True
                 loss = torch.stack(losses).sum().item()
                 losses.clear()
                 if not math.isfinite(loss):

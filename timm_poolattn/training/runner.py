@@ -84,9 +84,10 @@ def train(
     if not 0 <= penalty_weight < math.inf:
         raise UserError(f'--penalty-weight is {penalty_weight}, and must be at least 0')
     rank = int(os.environ.get('RANK', 0))
-    output, folder = Path(args.output or './output/train'), None
+    output, folder, is_new = Path(args.output or './output/train'), None, True
     if args.experiment:
         folder = output / args.experiment
+        is_new = not os.path.isdir(folder)  # also of a name that is too long
         if args.resume == 'auto':
             args.resume = str(newest_checkpoint(folder) or '')
     elif args.resume == 'auto':
@@ -112,7 +113,7 @@ def train(
     if args.device == 'cpu' and rank == 0:
         print(_say_bfloat16(args.amp and args.amp_dtype == 'bfloat16'))
     handlers_before = logging.root.handlers[:]  # main adds its own each time
-    with own_folder(folder, args.resume) if rank == 0 else nullcontext():
+    with own_folder(folder, args.resume, is_new) if rank == 0 else nullcontext():
         record = Record(folder, args.resume, args.device, seed=args.seed, **facts) if rank == 0 else None
         guard = Guard(args.seed, rank, args.resume, resumable, on_save=record.write if record else lambda: None)
         note = partial(_note_classes, args, args.num_classes, record)
@@ -139,11 +140,13 @@ def train(
                 raise
             # of a loader's worker, with its traceback before it
             raise UserError(str(e).strip().splitlines()[-1].partition(': ')[2]) from e
+        except torch.OutOfMemoryError as e:
+            raise UserError(f'--batch-size {args.batch_size}: {args.device} has not the memory; give less') from e
         except Exception as e:  # of timm's and torch's own kinds
             if guard.started:
                 raise
             said = f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'.removesuffix(': ')
-            raise UserError(f'train.py takes no such arguments: before the first update it ended with {said}') from e
+            raise UserError(f'train.py takes no such arguments: before its first batch it ended with {said}') from e
         finally:
             logging.root.handlers = handlers_before
         if record:

@@ -21,7 +21,7 @@ from ..utils import MissingFileError, UserError, look_up
 #: timm's names of the checkpoints to choose from.
 CHECKPOINTS = dict(last='last.pth.tar', best='model_best.pth.tar')
 #: train.py's names of what it gives to create_model, by create_model's.
-_MODEL_ARGS = dict(
+MODEL_ARGS = dict(
     num_classes='num_classes',
     drop_rate='drop',
     drop_path_rate='drop_path',
@@ -116,7 +116,7 @@ class Run:
     def untrained_model(self) -> nn.Module:
         """Build the model as train.py did, with random weights."""
         args, name = self.args, self.args['model']
-        given = {ours: args.get(theirs) for ours, theirs in _MODEL_ARGS.items()}
+        given = {ours: args.get(theirs) for ours, theirs in MODEL_ARGS.items()}
         if not args.get('in_chans') and args.get('input_size'):
             given['in_chans'] = args['input_size'][0]
         else:

@@ -19,8 +19,8 @@ URL = 'https://raw.githubusercontent.com/huggingface/pytorch-image-models/{tag}/
 #: The newest script that was read, of timm 1.0.29.dev0, by its commit: it schedules image sizes.
 NEWEST = 'aa4b5850c1543fa488abf260f18390eda46cf85d'
 #: Tag or commit of the script for an installed timm, where it is not the version's own tag.
-TAGS = dict.fromkeys(('1.0.29', '1.0.30', '1.0.31'), NEWEST)
-#: SHA-256 of train.py by tag or commit.
+TAGS = {'1.0.31': NEWEST}
+#: SHA-256 of the scripts that CI tests, by tag or commit. The newest tag is one that a checkout may be at.
 PINNED = {
     'v1.0.28': '1fb02d26fe16536bc7de2c987980644353117c2b2b8046532261464093cd1ac6',
     NEWEST: 'f0bb70b9e1c8c576eb1f7beba9cb46953d01ec1308d68c59ec055a6266f76388',
