@@ -1,6 +1,7 @@
 """One's own photos, from fine-tuning to the Hub and back, under a tag of their own."""
 
 import json
+import re
 
 import pytest
 import timm
@@ -50,6 +51,8 @@ def test_from_photos_to_the_hub_and_back(hub, train_script, photos, tmp_path):
     for target in (folder, name):
         checks = json.loads(poolattn('hub', 'verify', target, '--data-dir', photos, '--json'))
         assert all(check['ok'] for check in checks) and checks[-1]['name'] == 'accuracy', checks
+    published = hub.repos['org/resnet20_saam.photos'].head['README.md'].data.decode()
+    assert re.findall(r"'([^']*/resnet20_saam.photos)'", published) == [name, 'org/resnet20_saam.photos']
     model = timm.create_model(name, pretrained=True).eval()
     assert model.pretrained_cfg['label_names'] == ['cat', 'dog']
     images = torch.randn(2, 3, 32, 32)

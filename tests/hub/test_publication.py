@@ -40,7 +40,9 @@ def no_token_in_output(capfd, caplog):
 
 
 def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+    """A release's files as they are published."""
+    content = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+    return content | {'README.md': content['README.md'].replace(b'timm-poolattn/', b'org/')}
 
 
 def at(hub, revision='main'):

@@ -1,6 +1,8 @@
 """Publish release folders to the Hub: one commit each, checked afterwards. Run again, it goes on where it ended."""
 
 import json
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -51,8 +53,9 @@ def publish(
 ) -> list[Published]:
     """Publish releases as `<org>/<arch>.<tag>`, several at once.
 
-    Each is verified, uploaded in one commit, downloaded again past every cache, compared in files and outputs, and only
-    then tagged `weights-<SHA-256>`. What is there already is skipped. huggingface_hub finds the token.
+    Each is verified, addressed to `org` in its card, uploaded in one commit, downloaded again past every cache,
+    compared in files and outputs, and only then tagged `weights-<SHA-256>`. What is there already is skipped.
+    huggingface_hub finds the token.
 
     Args:
         targets: releases or folders of them, as `resolve` takes them.
@@ -90,8 +93,9 @@ def publish(
         try:
             step()
             _check(folder)
-            with hub_errors(repo_id, api.endpoint):
-                status, detail = _upload(api, folder, repo_id, step, private, create_pr, dry_run, replace, collection)
+            with tempfile.TemporaryDirectory() as temp, hub_errors(repo_id, api.endpoint):
+                copy = _address(folder, repo_id, Path(temp))
+                status, detail = _upload(api, copy, repo_id, step, private, create_pr, dry_run, replace, collection)
         except UserError as e:
             status, detail = 'failed', redact(str(e))
         except Exception as e:  # an answer that huggingface_hub did not expect; the others go on
@@ -124,6 +128,15 @@ def _check(folder: Path) -> None:
     name = f'{results["model"]}.{results["tag"]}'
     if name != folder.name:
         raise UserError(f'{folder.name}: the folder holds {name}, and must have its name')
+
+
+def _address(folder: Path, repo_id: str, temp: Path) -> Path:
+    """Copy a release to `temp`, so that its card names the repository that it goes to."""
+    copy = shutil.copytree(folder, temp / folder.name)
+    card = copy / 'README.md'
+    text = re.sub(rf"[\w.-]+/{re.escape(folder.name)}(?=')", repo_id, card.read_text('utf-8'))
+    card.write_text(text, encoding='utf-8', newline='')
+    return copy
 
 
 def _upload(

@@ -50,12 +50,12 @@ _POOLS = ('avg', 'max', 'avgmax', 'catavgmax')
 #: What a card, a table and the checks read of results.json.
 _RESULTS = dict(
     model=str, tag=str, parameters=int, multiply_adds=int, weights=dict, checkpoint=dict, test=dict, epochs=int,
-    arguments=dict, options=dict, versions=dict, hardware=str, curve=list,
+    seed=int, wall_time_s=int | float, arguments=dict, options=dict, versions=dict, hardware=str, curve=list,
 )  # fmt: skip
 #: What they read of it where it is there.
 _OPTIONAL = dict(
     released_by=dict, last_epoch_top1=int | float, best_top1=int | float, best_epoch=int, recipe=str, warm_start=str,
-    seed=int, wall_time_s=int | float, resumed=list, onnx=dict, without_gradient=list,
+    resumed=list, onnx=dict, without_gradient=list,
 )  # fmt: skip
 #: The file that each check is about.
 _FILES = (
