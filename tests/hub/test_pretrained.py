@@ -17,7 +17,7 @@ from timm_poolattn.data import load_images
 from timm_poolattn.hub import model_card, verify
 from timm_poolattn.hub.releases import without_gradient
 from timm_poolattn.inference import evaluate, load_pretrained, predict
-from timm_poolattn.models import multiply_adds, save_model
+from timm_poolattn.models import _registry, multiply_adds, save_model
 from timm_poolattn.papers import DATASETS, model_args, table_rows
 from timm_poolattn.utils import UserError, released
 
@@ -143,6 +143,16 @@ def test_the_photo_of_a_cat():
 def test_without_weights(name, found):
     with pytest.raises(UserError, match=f'^{re.escape(name)} has no weights yet; {found}'):
         timm.create_model(name, pretrained=True)
+
+
+@pytest.mark.parametrize('text', ['{"a', '{}', '[]'])
+def test_a_damaged_folder_is_named(tmp_path, monkeypatch, text):
+    path = tmp_path / 'hub_configs' / 'resnet20_saam.cifar10' / 'config.json'
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    monkeypatch.setattr(_registry, 'released', lambda: {path.parent.name: path.parent})
+    with pytest.raises(UserError, match=rf'^{path}: not of a release \(.*\); release it again, or remove the folder'):
+        _registry.read_default_cfgs(['resnet20_saam'], lambda side: side // 4)
 
 
 def test_a_release_of_own_data_has_a_name(tmp_path, monkeypatch):

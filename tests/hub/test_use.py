@@ -9,15 +9,17 @@ import sys
 
 import pytest
 import timm
+import torch
 from click.testing import CliRunner
 from huggingface_hub import constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from timm.models import save_for_hf
 
 from timm_poolattn.cli import main
 from timm_poolattn.hub.releases import seal
 from timm_poolattn.inference import load_pretrained
 from timm_poolattn.models import HubError
+from timm_poolattn.utils import UserError
 
 from .conftest import NAME, TOKEN
 from .test_verification import Evil
@@ -48,6 +50,19 @@ def test_a_folder_comes_before_the_hub(hub, folder):
     assert timm.models.get_pretrained_cfg(NAME).hf_hub_id == f'timm-poolattn/{NAME}'
     is_it(timm.create_model('resnet20_saam', pretrained=True), folder)
     assert not hub.requests
+
+
+@pytest.mark.parametrize('name', ['resnet50_saam', 'resnet50_fa'])
+def test_a_gated_resnet_takes_what_the_hub_has_for_the_plain_one(hub, tmp_path, name):
+    with pytest.raises(UserError, match='with identity_init=True it takes those of resnet50: ') as e:
+        timm.create_model(name, pretrained=True)
+    overlay = re.search(r"pretrained_cfg_overlay=dict\(hf_hub_id='(.*)'\)$", str(e.value))[1]
+    plain = timm.create_model('resnet50', layers=(2, 1, 1, 1)).eval()
+    hub.add(overlay, {'model.safetensors': save(plain.state_dict())})
+    kwargs = dict(layers=(2, 1, 1, 1), pretrained_cfg_overlay=dict(hf_hub_id=overlay))
+    model = timm.create_model(name, pretrained=True, identity_init=True, **kwargs).eval()
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
 def test_cache_dir_and_offline_afterwards(hub, zoo, folder, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -31,8 +32,17 @@ def release_args(name: str) -> dict[str, Any]:
     folder = released().get(name)
     if folder is None:
         return {}
-    args = json.loads((folder / 'config.json').read_text()).get('model_args', {})
+    args = _read_config(folder).get('model_args', {})
     return {k: v for k, v in args.items() if k not in _HEAD_ARGS}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / 'config.json'
+    try:
+        config = json.loads(path.read_text('utf-8'))
+        return dict(config, pretrained_cfg=dict(config['pretrained_cfg'], label_names=config['label_names']))
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f'{path}: not of a release ({e!r}); release it again, or remove the folder') from e
 
 
 def read_default_cfgs(archs: Iterable[str], pool_size: Callable[[int], int], **cfg) -> dict[str, Any]:
@@ -59,8 +69,7 @@ def read_default_cfgs(archs: Iterable[str], pool_size: Callable[[int], int], **c
             side = pool_size(dataset.get('input_size', (3, 32, 32))[-1])
             cfgs[name] = dict(interpolation='bicubic', crop_pct=1.0, pool_size=(side, side), **dataset, **cfg)
             if name in folders:
-                config = json.loads((folders[name] / 'config.json').read_text())
-                facts = dict(config['pretrained_cfg'], label_names=config['label_names'])
+                facts = _read_config(folders[name])['pretrained_cfg']
                 cfgs[name].update({k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})  # as in timm
                 weights = folders[name] / 'model.safetensors'
                 if weights.is_file():
@@ -73,12 +82,15 @@ def read_default_cfgs(archs: Iterable[str], pool_size: Callable[[int], int], **c
 def no_weights(name: str) -> UserError:
     """Return the error for a model, tagged or not, without weights. It names what has them: other tags, near models."""
     arch, _, tag = name.partition('.')
-    _, _, gate = arch.partition('_')
+    backbone, _, gate = arch.rpartition('_')
+    if timm.get_pretrained_cfg(arch).tag == 'untrained':
+        overlay = f'pretrained_cfg_overlay=dict(hf_hub_id={timm.get_pretrained_cfg(backbone).hf_hub_id!r})'
+        return UserError(f'{name} has no weights; with identity_init=True it takes those of {backbone}: {overlay}')
 
     def nearness(other: str) -> tuple[bool, bool, float]:
         other_arch, _, other_tag = other.partition('.')
         alike = difflib.SequenceMatcher(None, arch, other_arch).ratio()
-        return other_arch != arch, bool(tag) and other_tag != tag, -alike - (other_arch.partition('_')[2] == gate)
+        return other_arch != arch, bool(tag) and other_tag != tag, -alike - (other_arch.rpartition('_')[2] == gate)
 
     near = sorted(released(), key=nearness)
     tags = [other for other in near if other.partition('.')[0] == arch]

@@ -136,7 +136,7 @@ def insert(model: nn.Module, gate: str, *, identity_init: bool = True, **gate_kw
         _set_modes(model, modes)
         return model
     blocks = [m for m in model.modules() if isinstance(getattr(m, 'drop_path', 0), nn.Module | None)]
-    wrappers = [m for m in blocks if not any('drop_path' in names for names in (vars(m), m._modules, dir(type(m))))]
+    wrappers = [m for m in blocks if not _has_own(m, 'drop_path')]
     if wrappers and gate == 'fa':
         raise _refusal(model, f'its blocks are wrapped ({type(wrappers[0]).__name__}), insert FA before that')
     blocks = [m for m in blocks if m not in wrappers]  # they hand out the drop_path of the block in them
@@ -191,6 +191,11 @@ def _check_open(model: nn.Module) -> None:
             raise UserError(f'{kind} shares the parameters that it was given; change the model first, then wrap it')
         if getattr(getattr(module, '_hf_hook', None), 'offload', False):  # accelerate's
             raise UserError(f'{kind} is offloaded, its weights are elsewhere; change the model first, then offload it')
+
+
+def _has_own(module: nn.Module, name: str) -> bool:
+    """Return True if `module` has the attribute itself: a wrapper hands out that of what it wraps."""
+    return name in nn.Module.__dir__(module)  # past a wrapper's own __dir__
 
 
 def _refusal(model: nn.Module, reason: str) -> UserError:
@@ -415,7 +420,7 @@ def _fill_stages(model: nn.Module, gate_kwargs: dict[str, Any]) -> None:
         raise UserError(f"{type(model).__name__} gets FA when it is built: timm.create_model(name, gate='fa')")
     stages = [stage for net in nets for stage in net.stages]
     wrappers = [m for m in stages if not isinstance(m, Stage)]
-    wrappers += [b for m in stages if isinstance(m, Stage) for b in m.blocks if 'fa' not in (*vars(b), *b._modules)]
+    wrappers += [b for m in stages if isinstance(m, Stage) for b in m.blocks if not _has_own(b, 'fa')]
     if wrappers:
         raise UserError(
             f'{type(model).__name__}: its blocks are wrapped ({type(wrappers[0]).__name__}), insert FA before that'
