@@ -156,6 +156,7 @@ def test_skip(image_folder):
     [
         (lambda: bench_train(['resnet20'], modes=['fast']), "unknown mode 'fast'"),
         (lambda: bench_train(['resnet20_sam']), "unknown model 'resnet20_sam'; nearest: resnet20_saam"),
+        (lambda: bench_skip(timm.create_model('resnet18'), None), 'nothing to skip: the model has no FA gates'),
         (lambda: bench_models(['resnet20_sam']), "unknown model 'resnet20_sam'"),
         (lambda: bench_models(['resnet20'], dtypes=['int8']), "unknown dtype 'int8'; choose from float32, bfloat16"),
         (lambda: bench_models(['resnet20'], layouts=['nhwc']), "unknown layout 'nhwc'"),

@@ -59,7 +59,7 @@ def bench_gates(
     compile: bool = False,
     batch_size: int = 64,
     device: torch.device | str = 'cpu',
-    repeats: int = 10,
+    repeats: int = 5,
 ) -> dict[str, Any]:
     """Measure each gate alone, on maps of the sizes that the stages of a network have.
 

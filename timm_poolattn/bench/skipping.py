@@ -9,6 +9,7 @@ from torch import nn
 
 from ..data import ImageData
 from ..inference import evaluate
+from ..models import set_skip_threshold
 from .timer import median_ratio, time_in_turns
 
 
@@ -36,14 +37,18 @@ def bench_skip(
     Returns:
         For each `threshold`: `top1` in %, `blocks_run` (share of all blocks of all images), and the medians
         `images_per_s` and `speedup`, the time of the first threshold over this one's within one turn.
+
+    Raises:
+        UserError: a model without FA, or a threshold outside [0, 1].
     """
+    set_skip_threshold(model, 0)  # refuses a model without FA
     ran = [0]
     stages = [m for m in model.modules() if hasattr(m, 'skip_threshold')]
     blocks = [b for stage in stages for b in (stage.blocks if hasattr(stage, 'blocks') else [stage.body])]
     rows: dict[float, dict[str, Any]] = {threshold: dict(threshold=threshold) for threshold in thresholds}
 
     def run(threshold: float) -> None:
-        model.set_skip_threshold(threshold, per_sample=per_sample)
+        set_skip_threshold(model, threshold, per_sample)
         ran[0] = 0
         top1 = evaluate(model, data, batch_size=batch_size, device=device)['top1']
         rows[threshold].update(top1=top1, blocks_run=ran[0] / (len(blocks) * len(data)))
@@ -52,7 +57,7 @@ def bench_skip(
     try:
         seconds = time_in_turns({t: lambda t=t: run(t) for t in rows}, repeats)
     finally:
-        model.set_skip_threshold(0)
+        set_skip_threshold(model, 0)
         for hook in hooks:
             hook.remove()
     first = seconds[thresholds[0]]

@@ -14,7 +14,7 @@ from pathlib import Path
 from posixpath import join, normpath
 from typing import NamedTuple
 
-from timm.data.readers.img_extensions import get_img_extensions
+from timm.data import get_img_extensions
 
 from ..utils import MissingFileError, UserError
 from .view import MAX_BYTES

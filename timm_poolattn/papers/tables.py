@@ -44,12 +44,13 @@ def model_args(row: dict[str, Any]) -> dict[str, Any]:
     return args
 
 
+def row_top1(row: dict[str, Any]) -> float | None:
+    """Return the top-1 accuracy in % that a row of `table_rows()` prints, as such or as an error, or None."""
+    return row['top1'] if 'top1' in row else round(100 - row['top1_err'], 4) if 'top1_err' in row else None
+
+
 def paper_top1(arch: str, dataset: str) -> float | None:
     """Return the top-1 accuracy in % that the model's own paper prints for it, if any."""
-    for row in table_rows():
-        if row['model'] == arch and row['dataset'] == dataset and row.get('variant') is None:
-            if 'top1' in row:
-                return row['top1']
-            if 'top1_err' in row:
-                return round(100 - row['top1_err'], 4)
-    return None
+    rows = (row for row in table_rows() if row['model'] == arch and row['dataset'] == dataset)
+    printed = (row_top1(row) for row in rows if row.get('variant') is None)
+    return next((top1 for top1 in printed if top1 is not None), None)

@@ -12,7 +12,7 @@ import timm
 import yaml
 
 from ..bench.backbones import plain_args
-from ..papers import DATASETS, model_args, table_rows
+from ..papers import DATASETS, model_args, row_top1, table_rows
 from ..training import recipes
 from .counts import look_up_count
 from .results import released_results
@@ -119,11 +119,6 @@ def _plain_of(args: dict[str, Any]) -> dict[str, Any] | None:
     return {**plain, **({'flavour': args['flavour']} if 'flavour' in args else {})}
 
 
-def paper_accuracy(row: dict[str, Any]) -> float | None:
-    """Return the top-1 accuracy in % that a row of `table_rows()` prints, as such or as an error, or None."""
-    return row['top1'] if 'top1' in row else round(100 - row['top1_err'], 4) if 'top1_err' in row else None
-
-
 def _paper_parameters(row: dict[str, Any]) -> str:
     """Return millions, as printed."""
     if 'params_k_with_bn_stats' in row:
@@ -186,7 +181,7 @@ def report_rows(
     for row in table_rows():
         args = model_args(row)
         counts = look_up_count(**args)
-        paper = paper_accuracy(row)
+        paper = row_top1(row)
         measured = measured_runs(args, results)
         for run in measured:
             run['difference'] = None if paper is None else round(run['top1'] - paper, 2)
