@@ -10,6 +10,7 @@ import torch.jit._builtins
 from PIL import Image
 
 import timm_poolattn  # noqa: F401  registers the models
+from timm_poolattn.papers import DATASETS
 from timm_poolattn.training import find_train_script
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # no test reaches for a network
@@ -33,13 +34,16 @@ def _own_cache(tmp_path, monkeypatch):
     torch.manual_seed(0)
 
 
+#: 2,000 training and 1,000 test images of CIFAR-10.
+MINI = Path(__file__).parents[2] / 'shared' / 'data' / 'cifar10-mini.tar'
+
+
 @pytest.fixture(scope='session')
 def cifar10_mini() -> Path:
-    """2,000 training and 1,000 test images of CIFAR-10 as a tar, where they are at hand."""
-    path = Path(__file__).parents[2] / 'shared' / 'data' / 'cifar10-mini.tar'
-    if not path.is_file():
-        pytest.skip(f'no {path.name} in {path.parent.parent.name}/{path.parent.name} beside the checkout')
-    return path
+    """A tar of real images, where it is at hand."""
+    if not MINI.is_file():
+        pytest.skip(f'no {MINI.name} in shared/data beside the checkout')
+    return MINI
 
 
 @pytest.fixture(scope='session')
@@ -69,18 +73,25 @@ def image_folder(tmp_path) -> Path:
 
 
 @pytest.fixture(scope='session')
-def cifar10_few(cifar10_mini, tmp_path_factory) -> Path:
-    """A folder of real images: CIFAR-10, four training and two test images of each class."""
+def cifar10_few(tmp_path_factory) -> Path:
+    """A folder with the classes of CIFAR-10, four training and two test images each: real ones where they are at hand.
+
+    Else noise, around a colour of the class's own.
+    """
     root = tmp_path_factory.mktemp('data') / 'cifar10-few'
-    counts = {}
-    with tarfile.open(cifar10_mini) as tar:
-        for member in tar:
-            path = PurePosixPath(member.name)
-            if member.isfile() and len(path.parts) >= 3:
-                split, class_name = path.parts[-3:-1]
-                counts[split, class_name] = number = counts.get((split, class_name), 0) + 1
-                if number <= (4 if split == 'train' else 2):
-                    to = root.joinpath(*path.parts[-3:])
-                    to.parent.mkdir(parents=True, exist_ok=True)
-                    to.write_bytes(tar.extractfile(member).read())
+    generator = torch.Generator().manual_seed(0)
+    colors = torch.rand(10, 3, generator=generator)
+    for split, count in (('train', 4), ('test', 2)):
+        for name, color in zip(DATASETS['cifar10']['classes'], colors, strict=True):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = (color * 200 + torch.rand(32, 32, 3, generator=generator) * 55).byte()
+                Image.fromarray(pixels.numpy()).save(folder / f'{i}.png')
+    if MINI.is_file():
+        with tarfile.open(MINI) as tar:
+            members = sorted(filter(tarfile.TarInfo.isfile, tar), key=lambda member: member.name)
+            for path in sorted(root.rglob('*.png')):
+                of_class = [m for m in members if PurePosixPath(m.name).parts[-3:-1] == path.parts[-3:-1]]
+                path.write_bytes(tar.extractfile(of_class[int(path.stem)]).read())
     return root

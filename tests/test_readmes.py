@@ -88,6 +88,15 @@ def test_python_of_the_readme(place):
     assert isinstance(space['model'], timm.models.ConvNeXt) and space['features'][-1].shape[1] == 64
 
 
+def test_names_of_the_readme():
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    bullet = re.search(r'^- `resnet` .*?(?=^- )', text, re.DOTALL | re.MULTILINE)[0]
+    depths = re.findall(r'\d\d+', bullet)
+    _, *gates = re.findall(r'`(\w+)`', bullet)
+    names = [f'resnet{depth}{gate}' for depth in depths for gate in ('', *(f'_{gate}' for gate in gates))]
+    assert sorted(names) == sorted(timm.list_models(module='cifar_resnet'))
+
+
 @pytest.mark.compat
 def test_transformers_of_hub_configs(place):
     pytest.importorskip('transformers')

@@ -164,7 +164,7 @@ def test_the_gpus_that_were_given(zoo, tmp_path, monkeypatch, given, expected):
     else:
         monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setattr(zoo.Job, '_next', lambda job: None)
+    monkeypatch.setattr(zoo.Run, 'commands', lambda *args: iter(()))
     (run,) = zoo.read_manifest(manifest(tmp_path, ENTRY + '}'), tmp_path)
     visible = []
     for slot in range(3):
