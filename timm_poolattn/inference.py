@@ -210,14 +210,19 @@ def _finite(output: torch.Tensor) -> torch.Tensor:
 def evaluation_loader(
     model: nn.Module, data: ImageData, batch_size: int = 500, device: torch.device | str = 'cpu'
 ) -> ResidentLoader:
-    """Return batches of `data` as `model` sees them, in order: what `evaluate` measures.
+    """Return batches of `data` in order, as `model` sees the images and numbers the classes: what `evaluate` measures.
 
     Raises:
-        UserError: the data were read for a model of another size.
+        UserError: data that were read for a model of another size, or classes that the model does not know.
     """
+    labels = list(model.pretrained_cfg.get('label_names') or data.classes)
+    unknown = [name for name in data.classes if name not in labels[: model.num_classes]]
+    if unknown:
+        raise UserError(f'the model was not trained on the classes {", ".join(unknown[:5])}; it knows {len(labels)}')
+    index = torch.tensor([labels.index(name) for name in data.classes])  # the data may hold a few of the classes only
     config = evaluation_config(model)
     facts = {k: config[k] for k in ('mean', 'std')}
-    dataset = ResidentDataset(data.seen_by(View.of(config)))
+    dataset = ResidentDataset(replace(data, targets=index[data.targets]).seen_by(View.of(config)))
     return ResidentLoader(dataset, config['input_size'], batch_size, is_training=False, device=device, **facts)
 
 
@@ -242,12 +247,7 @@ def evaluate(
         UserError: data that were read for a model of another size, classes that the model does not know, or outputs
             that are not finite.
     """
-    labels = list(model.pretrained_cfg.get('label_names') or data.classes)
-    unknown = [name for name in data.classes if name not in labels[: model.num_classes]]
-    if unknown:
-        raise UserError(f'the model was not trained on the classes {", ".join(unknown[:5])}; it knows {len(labels)}')
-    index = torch.tensor([labels.index(name) for name in data.classes])  # the data may hold a few of the classes only
-    loader = evaluation_loader(model, replace(data, targets=index[data.targets]), batch_size, device)
+    loader = evaluation_loader(model, data, batch_size, device)
     model.to(device).eval()
     top1, top5, loss = AverageMeter(), AverageMeter(), AverageMeter()
     confidences, hits = [], []

@@ -352,6 +352,11 @@ def test_without_gradient_names_parameters_in_their_order(other, names):
     assert fails(other, 'parameters').startswith('results.json: without_gradient must name parameters of resnet20_saam')
 
 
+def test_the_card_names_what_gets_no_gradient(other):
+    edit(other, 'results.json', without_gradient=['stages.0.blocks.0.gate.fc1.weight'])
+    assert 'names other parameters without a gradient than results.json' in fails(other, 'card')
+
+
 @pytest.mark.parametrize('gate', [None, 'spem'])
 def test_a_gate_that_is_another(other, gate):
     edit(other, 'results.json', gate=gate)

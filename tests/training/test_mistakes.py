@@ -269,6 +269,8 @@ def test_a_resumed_plateau_is_refused(train_script, cifar10_few, trained, tmp_pa
     shutil.copytree(trained, tmp_path / 'run')
     with pytest.raises(UserError, match='--sched plateau: no checkpoint holds where it is'):
         run_train(train_script, cifar10_few, tmp_path, '--sched', 'plateau', '--epochs', 3, '--resume', 'auto')
+    with pytest.raises(UserError, match=r'holds another run \(2 epochs\); --experiment names another folder$'):
+        run_train(train_script, cifar10_few, tmp_path, '--sched', 'plateau', '--epochs', 3)
 
 
 def test_a_kill_keeps_time_and_history(train_script, cifar10_few, tmp_path):

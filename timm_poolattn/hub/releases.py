@@ -97,7 +97,9 @@ def release(
             f' {curve[-1]["epoch"]:.0f}: two runs share the folder, or one was cut short; train into another folder'
         )
     if not any('eval_top1' in row for row in curve):  # --val-interval leaves epochs out
-        raise UserError(f'{run_dir}: summary.csv has no evaluated epoch; let the run finish, by --resume')
+        raise UserError(
+            f'{run_dir}: summary.csv has no evaluated epoch; train for more epochs, or with --val-interval 1'
+        )
     chosen_by = run.args.get('eval_metric') or 'top1'
     if checkpoint == 'last' and 'metric' in saved and saved['epoch'] > curve[-1]['epoch']:
         # its row was lost; the checkpoint has its accuracy too

@@ -262,7 +262,7 @@ class _Release:
         results = _read_json(self.folder / 'results.json')
         for key, kind in (_RESULTS | {k: kind for k, kind in _OPTIONAL.items() if k in results}).items():
             if not isinstance(results.get(key), kind) or isinstance(results[key], bool):
-                raise UserError(f'results.json: {key} is {results.get(key)!r}')
+                raise UserError(f'results.json: {key} is {results.get(key)!r:.100}')
         test = results['test']
         for key in ('top1', 'top5', 'ece'):
             _in_range(f'results.json: test {key}', test.get(key), 0, 100)
@@ -402,7 +402,7 @@ class _Release:
             raise UserError(f'results.json says {self.results["parameters"]:,}, the registry {count:,}')
         names = [name for name, _ in model.named_parameters()]
         silent = self.results.get('without_gradient', [])
-        if silent != [name for name in names if name in silent]:
+        if len(silent) > len(names) or silent != [name for name in names if name in silent]:
             raise UserError(
                 f'results.json: without_gradient must name parameters of {self.results["model"]}, each once, in order'
             )
@@ -455,6 +455,9 @@ class _Release:
 
         if cells(figures(self.results)) not in map(cells, card.text.splitlines()):
             raise UserError(f'README.md: its table is not that of results.json, {top1:.2f}%; {_REWRITE}')
+        silent = self.results.get('without_gradient', [])
+        if silent != re.findall(r'^`([\w.]+)`[.,]$', card.text, re.MULTILINE):
+            raise UserError(f'README.md: names other parameters without a gradient than results.json; {_REWRITE}')
         there = {p.relative_to(self.folder).as_posix() for p in self.folder.glob('.eval_results/*')}
         expected = {f'.eval_results/{tag}.yaml'} if tag in DATASETS else set()
         if there != expected:

@@ -42,13 +42,14 @@ def new_folder(output: Path, name: str) -> Path:
 
 
 @contextmanager
-def own_folder(folder: Path, resume: str, is_new: bool) -> Iterator[None]:
+def own_folder(folder: Path, resume: str, is_new: bool, resumable: bool = True) -> Iterator[None]:
     """Keep others off a run's folder, and refuse one that holds another run.
 
     Args:
         folder: is made if it is not there.
         resume: the checkpoint that the run goes on from, or ''.
         is_new: it is this run's, and removed again where the block raises before an epoch was saved.
+        resumable: whether a message may offer to go on from a checkpoint.
 
     Raises:
         UserError: the folder holds another run, or another process trains into it.
@@ -66,7 +67,7 @@ def own_folder(folder: Path, resume: str, is_new: bool) -> Iterator[None]:
                 raise UserError(
                     f'{folder}: another process trains into it; --experiment names another folder'
                 ) from None
-        _check_empty(folder, resume)
+        _check_empty(folder, resume, resumable)
         _mend_curve(folder)
         yield
     except BaseException:
@@ -78,14 +79,14 @@ def own_folder(folder: Path, resume: str, is_new: bool) -> Iterator[None]:
             os.close(lock)
 
 
-def _check_empty(folder: Path, resume: str) -> None:
+def _check_empty(folder: Path, resume: str, resumable: bool) -> None:
     curve, newest = read_curve(folder), newest_checkpoint(folder)
     if not curve and not newest:  # a run that ended in its first epoch left nothing that could be mixed up
         return
     if resume and Path(resume).resolve().parent == folder.resolve():
         return
     epochs = f'{curve[-1]["epoch"] + 1:.0f} epochs' if curve else newest.name
-    goes_on = f', or --resume {newest} goes on with it' if newest else ''
+    goes_on = f', or --resume {newest} goes on with it' if newest and resumable else ''
     raise UserError(f'{folder}: holds another run ({epochs}); --experiment names another folder{goes_on}')
 
 

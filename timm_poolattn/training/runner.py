@@ -94,12 +94,12 @@ def train(
         raise UserError('--resume auto: give --experiment too, the name of the folder to go on in')
     resumable = args.sched != 'plateau'
     if args.resume:
-        check_checkpoint(args.resume)
         if not resumable:
             raise UserError(
                 '--sched plateau: no checkpoint holds where it is, so a resumed run would have other learning rates;'
                 ' train from the start, or with another --sched'
             )
+        check_checkpoint(args.resume)
     resident = resident and _can_be_resident(args)
     classes = [] if args.class_map or (args.dataset and not resident) else _check_data(args)
     if folder is None and rank == 0:
@@ -113,7 +113,7 @@ def train(
     if args.device == 'cpu' and rank == 0:
         print(_say_bfloat16(args.amp and args.amp_dtype == 'bfloat16'))
     handlers_before = logging.root.handlers[:]  # main adds its own each time
-    with own_folder(folder, args.resume, is_new) if rank == 0 else nullcontext():
+    with own_folder(folder, args.resume, is_new, resumable) if rank == 0 else nullcontext():
         record = Record(folder, args.resume, args.device, seed=args.seed, **facts) if rank == 0 else None
         guard = Guard(args.seed, rank, args.resume, resumable, on_save=record.write if record else lambda: None)
         note = partial(_note_classes, args, args.num_classes, record)
