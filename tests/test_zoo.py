@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from timm_poolattn.utils import UserError
+from timm_poolattn.utils import UserError, released
 
 SCRIPT = Path(__file__).parents[1] / 'train_scripts' / 'zoo.py'
 
@@ -129,6 +129,14 @@ def test_the_manifests_name_models_and_recipes_that_exist(zoo, tmp_path, path):
     todo = zoo.read_manifest(path, tmp_path)
     assert todo and len({run.folder for run in todo}) == len(todo)
     assert {f'{run.model}.{run.data}' for run in todo} <= set(timm.list_models('*.*', include_tags=True))
+
+
+def test_the_manifest_of_the_releases(zoo, tmp_path):
+    runs = zoo.read_manifest(SCRIPT.with_name('zoo-cpu.yaml'), tmp_path)
+    results = [json.loads((folder / 'results.json').read_text()) for folder in released().values()]
+    keys = ('model', 'tag', 'recipe', 'epochs', 'seed')
+    made = {(*(r[key] for key in keys), r['warm_start'].split()[0] if 'warm_start' in r else None) for r in results}
+    assert {(run.model, run.data, run.recipe, run.epochs, run.seed, run.warm_start) for run in runs} == made
 
 
 @pytest.mark.parametrize(('there', 'new', 'kept'), [(None, 90.0, 'new'), (89.0, 90.0, 'new'), (91.0, 90.0, 'there')])
