@@ -54,7 +54,7 @@ class TestRelease:
         assert len(config['label_names']) == config['num_classes'] == DATASETS[tag]['num_classes']
         assert results['last_epoch_top1'] == results['curve'][-1]['eval_top1']
         assert results['curve'][-1]['epoch'] + 1 == results['epochs'] and results['test']['images'] == 10000
-        rounding = 0.15 if results['arguments'].get('amp') else 0.05  # a release is measured in float32
+        rounding = 0.3 if results['arguments'].get('amp') else 0.05  # of bfloat16: a release is measured in float32
         assert results['test']['top1'] == pytest.approx(results['last_epoch_top1'], abs=rounding)
         keys = (
             'gate',
