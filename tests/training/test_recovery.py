@@ -76,6 +76,7 @@ def test_killed_runs_resume_to_the_same_weights(train_script, cifar10_few, tmp_p
     assert [row['epoch'] for row in read_curve(killed / 'run')] == [*range(epochs)]
 
 
+@pytest.mark.usefixtures('cifar10_mini')  # released weights know real images alone
 def test_the_best_epoch_outlives_a_resume(train_script, cifar10_few, tmp_path):
     # the first epoch's rate is 0, that of the others spoils the weights
     options = ['--pretrained', '--checkpoint-hist', 2, '--lr', 1, '--warmup-lr', 0, '--warmup-epochs', 1]
