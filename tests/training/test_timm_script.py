@@ -54,6 +54,8 @@ def pinned(monkeypatch):
 def test_every_pinned_script_is_tested():
     workflow = yaml.safe_load((Path(__file__).parents[2] / '.github' / 'workflows' / 'tests.yml').read_text())
     assert workflow['jobs']['tests']['strategy']['matrix']['train-script'] == list(timm_script.PINNED)
+    refs = [step['with']['ref'] for step in workflow['jobs']['oldest-python']['steps'] if 'ref' in step.get('with', {})]
+    assert refs == [timm_script.NEWEST]
 
 
 def test_order(tmp_path, monkeypatch):
