@@ -230,5 +230,5 @@ def test_errors(image_folder, tmp_path):
         list_classes(tmp_path / 'a.png')
     (image_folder / 'train' / 'bird').mkdir()
     (image_folder / 'train' / 'bird' / 'a.heic').touch()
-    with pytest.raises(UserError, match=r'no images in bird; passed over 1 .* first bird/a.heic'):
+    with pytest.raises(UserError, match=r'no images \(.jpeg, .jpg, .png\) in bird; passed over 1 .* first bird/a.heic'):
         list_classes(image_folder)

@@ -3,6 +3,7 @@ import torch
 from timm.data import FastCollateMixup, Mixup
 
 from timm_poolattn.data import BatchErasing, ImageData, ResidentDataset, ResidentLoader
+from timm_poolattn.utils import UserError
 
 STATS = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
@@ -140,6 +141,8 @@ def test_mixup_of_an_odd_batch():
     fn = Mixup(mixup_alpha=1.0, num_classes=5)
     ((input, target),) = loader(dataset(n=5), mixup=fn)
     assert input.shape == (4, 3, 8, 8) and target.shape == (4, 5)
+    with pytest.raises(UserError, match='mixup and cutmix pair images, and there is one'):
+        next(iter(loader(dataset(n=1), mixup=fn)))
 
 
 def test_larger_images():

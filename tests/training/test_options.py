@@ -43,7 +43,8 @@ def run(train_script, cifar10_few, tmp_path, caplog):
         '--model-ema --model-ema-decay 0.5 --grad-accum-steps 2 --sched-on-updates',
         '--mixup 0.2 --cutmix 1.0 --smoothing 0.1 --reprob 0.5 --mixup-off-epoch 1 --epochs 2',
         '--mixup 0.2 --no-prefetcher --reprob 0.5 --remode rand --recount 2',
-        '--bce-loss --smoothing 0.1 --drop 0.1 --no-aug',
+        '--bce-loss --smoothing 0.1 --drop 0.1 --no-aug --scale 0.5 1',
+        '--color-jitter 0',
         '--bce-loss --cutmix 1.0 --mixup-mode elem --bce-target-thresh 0.2',
         '--kd-model-name resnet20_saam.cifar10 --distill-loss-weight 0.5',
         '--kd-model-name resnet20_saam.cifar10 --kd-distill-type feature --model-ema',
@@ -141,8 +142,13 @@ def test_no_validation(run):
         (['--aug-splits', 2, '--aa', 'rand-m9', '--split-bn'], '--aa, --aug-splits'),
         (['--train-crop-mode', 'rkrc', '--vflip', 0.5], '--train-crop-mode, --vflip'),
         (['--train-img-sizes', 24, 32], '--train-img-sizes'),
+        (['--color-jitter', 0.9, '--scale', 0.5, 1], '--scale, --color-jitter'),
+        (
+            ['--color-jitter-prob', 0.9, '--train-interpolation', 'bilinear'],
+            '--color-jitter-prob, --train-interpolation',
+        ),
     ],
-    ids=['augmix', 'randaugment', 'split norms', 'crops', 'scheduled resolutions'],
+    ids=['augmix', 'randaugment', 'split norms', 'crops', 'scheduled resolutions', 'random crops', 'colours'],
 )
 def test_falls_back_to_timms_loader(run, caplog, train_script, options, needs):
     if f"'{options[0]}'" not in train_script.read_text():

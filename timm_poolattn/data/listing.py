@@ -25,6 +25,7 @@ EVAL_SPLITS = ('validation', 'val', 'valid', 'eval', 'evaluation', 'test')
 MAX_MEMBERS = 2**21
 #: timm's, so that its own loader sees the same images.
 _EXTENSIONS = get_img_extensions(as_set=True)
+_SUFFIXES = ', '.join(sorted(_EXTENSIONS))
 _DAMAGES = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
@@ -247,7 +248,8 @@ def list_split(root: str | Path, split: str, hold_out: bool = True) -> Listing:
     classes = walk.classes()
     if empty := sorted(set(classes) - {i.class_name for i in walk.images}) or (not classes and ['it']):
         more = f'; {walk.notes()[0]}' if walk.notes() else ''
-        raise UserError(f'{where}: no images in {", ".join(empty)}{more}; remove or fill the class folder')
+        no_images = f'no images ({_SUFFIXES}) in {", ".join(empty)}'
+        raise UserError(f'{where}: {no_images}{more}; remove or fill the class folder')
     for name in classes:
         if any('\ud800' <= c <= '\udfff' for c in name):  # as Python has such bytes
             raise UserError(f'{where}: the name of class {name!r} is no UTF-8; rename its folder')
@@ -281,7 +283,8 @@ def _match_split(split: str, present: Iterable[str], where: Path) -> str:
             return candidate
     raise MissingFileError(
         f'{where}: no split {split!r}; it holds {", ".join(present[:10]) or "no folders"}.'
-        f' A data set is a folder (or tar) of splits such as train/ and test/, each with one folder for each class'
+        f' A data set is a folder (or tar) of splits such as train/ and test/, each with one folder of images'
+        f' ({_SUFFIXES}) for each class'
     )
 
 

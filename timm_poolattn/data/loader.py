@@ -124,7 +124,8 @@ class ResidentLoader:
         world_size: processes that share the data.
 
     Raises:
-        UserError: the images are smaller than `input_size`, have other channels, or are fewer than processes.
+        UserError: the images are smaller than `input_size`, have other channels, or are fewer than processes; or, once
+            a batch is made, one image is all there is for mixup.
     """
 
     sampler = batch_sampler = None  # train.py looks for their set_epoch; the data set has it
@@ -228,7 +229,9 @@ class ResidentLoader:
             batch = slice(i * self.batch_size, (i + 1) * self.batch_size)
             input, target = self._batch(*(t[batch] for t in draws)), targets[batch]
             if self.mixup is not None:  # soft targets also where it is not enabled, as timm's
-                even = len(target) // 2 * 2  # timm's mixup pairs images
+                even = len(target) // 2 * 2  # timm's mixup pairs images; only a last batch can be odd
+                if not even:
+                    raise UserError('mixup and cutmix pair images, and there is one to train on; leave them out')
                 # not FastCollateMixup's own, which is for batches that are yet to be collated
                 input, target = Mixup.__call__(self.mixup, input[:even], target[:even])
             yield input, target

@@ -24,6 +24,8 @@ from .runs import MODEL_ARGS
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'constant', 'wsd', 'rsqrt')
 #: Of timm's saver.
 _METRICS = ('top1', 'top5', 'loss')
+#: Data sets of timm of which an epoch has no end of its own.
+_STREAMS = ('hfids/', 'tfds/', 'wds/')
 _COUNTS = ('epochs', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'log_interval', 'val_interval')
 _COUNTS += ('checkpoint_hist', 'input_size', 'img_size', 'recount', 'decay_epochs')
 _COUNTS += ('lr_cycle_limit', 'num_classes')
@@ -207,6 +209,18 @@ def check_arguments(args: argparse.Namespace) -> None:
             if number is not None and not low <= number <= high:
                 bound = f'{low:g} to {high:g}' if high < math.inf else f'at least {low:g}'
                 raise UserError(f'--{name.replace("_", "-")} is {number:g}, and must be {bound}')
+    if args.cutmix_minmax and not (len(args.cutmix_minmax) == 2 and args.cutmix_minmax[0] < args.cutmix_minmax[1]):
+        said = ' '.join(f'{number:g}' for number in args.cutmix_minmax)
+        raise UserError(f'--cutmix-minmax {said}: give two numbers, the lesser first')
+    if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:
+        raise UserError(f'--batch-size {args.batch_size}: mixup and cutmix pair images; give an even number')
+    if not (args.dataset or '').startswith(_STREAMS):
+        for name in ('epoch_repeats', 'train_num_samples', 'val_num_samples'):
+            if getattr(args, name, None):
+                raise UserError(
+                    f'--{name.replace("_", "-")}: train.py has no use for it but with data that are read as a stream'
+                    f' (--dataset {", ".join(_STREAMS)}); leave it out'
+                )
     last = args.epochs + (args.cooldown_epochs or 0)
     if (args.start_epoch or 0) >= last:
         raise UserError(f'--start-epoch {args.start_epoch}: counted from 0, the last of --epochs {last} is {last - 1}')

@@ -4,6 +4,7 @@ import argparse
 import logging
 import math
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -34,10 +35,12 @@ _logger = logging.getLogger(__name__)
 
 #: Options of train.py that need timm's own loader: images one by one, other sizes, or several copies of a batch.
 _NEED_TIMM_LOADER = (
-    *('aa', 'aug_splits', 'aug_repeats', 'epoch_repeats', 'naflex_loader', 'train_crop_mode', 'class_map', 'resplit'),
-    *('train_num_samples', 'val_num_samples', 'vflip', 'grayscale_prob', 'gaussian_blur_prob'),
+    *('aa', 'aug_splits', 'aug_repeats', 'naflex_loader', 'train_crop_mode', 'class_map', 'resplit'),
+    *('vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob'),
     *('train_img_sizes', 'train_batch_sizes', 'train_batches_per_epoch'),
 )
+#: Those of its random crop and colours, which have values in every run: they need it where they are given.
+_NEED_TIMM_LOADER_IF_GIVEN = ('scale', 'ratio', 'color_jitter', 'train_interpolation')
 #: Arguments that say where something lies on one machine, not what was trained.
 _PLACES = ('data', 'data_dir', 'output', 'experiment', 'resume', 'initial_checkpoint', 'device', 'workers', 'pin_mem')
 
@@ -100,7 +103,7 @@ def train(
                 ' train from the start, or with another --sched'
             )
         check_checkpoint(args.resume)
-    resident = resident and _can_be_resident(args)
+    resident = resident and _can_be_resident(args, parsed.given)
     classes = [] if args.class_map or (args.dataset and not resident) else _check_data(args)
     if folder is None and rank == 0:
         folder = new_folder(output, safe_model_name(args.model))
@@ -145,7 +148,8 @@ def train(
         except Exception as e:  # of timm's and torch's own kinds
             if guard.started:
                 raise
-            said = f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'.removesuffix(': ')
+            what = str(e) or traceback.extract_tb(e.__traceback__)[-1].line or ''  # of a bare assert, its line
+            said = f'{type(e).__name__}: {" ".join(what.split())[:300]}'.removesuffix(': ')
             raise UserError(f'train.py takes no such arguments: before its first batch it ended with {said}') from e
         finally:
             logging.root.handlers = handlers_before
@@ -322,8 +326,11 @@ def _create_dataset(
     return dataset
 
 
-def _can_be_resident(args: argparse.Namespace) -> bool:
-    need = [f'--{o.replace("_", "-")}' for o in _NEED_TIMM_LOADER if getattr(args, o, None)]
+def _can_be_resident(args: argparse.Namespace, given: dict[str, Any]) -> bool:
+    options = [o for o in _NEED_TIMM_LOADER if getattr(args, o, None)]
+    if not args.no_aug:
+        options += [o for o in _NEED_TIMM_LOADER_IF_GIVEN if given.get(o)]  # --color-jitter 0 needs no loader
+    need = [f'--{o.replace("_", "-")}' for o in options]
     if args.dataset not in ('', 'torch/cifar10', 'torch/cifar100'):
         need.append(f'--dataset {args.dataset}')
     if need:
@@ -401,7 +408,7 @@ def create_resident_loader(
         h, w = dataset.data.images.shape[1:3]
         _logger.info(
             f'{len(dataset)} images of {w}x{h} held on {device}: random crop with padding {loader.crop_padding},'
-            f' flip {loader.hflip}; --scale, --ratio and --color-jitter do not apply'
+            f' flip {loader.hflip}'
         )
     return loader
 
