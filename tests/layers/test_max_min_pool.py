@@ -82,6 +82,19 @@ def test_compiled(fused, layout):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize('layout, gathers', [('contiguous', False), ('channels_last', True)])
+def test_compiled_it_gathers_where_channels_come_last(layout, gathers):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    x = LAYOUTS[layout](torch.randn(3, 2, 4, 3)).requires_grad_()
+    torch.compile(energy, backend=backend, fullgraph=True)(x)
+    assert ('extreme_positions' in graphs[0].code) == gathers
+
+
 def test_operator():
     for shape in ((2, 3, 4, 5), (1, 1, 1, 1), (0, 3, 4, 5)):
         torch.library.opcheck(torch.ops.timm_poolattn.extreme_positions, (torch.randn(shape),))
