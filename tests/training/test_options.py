@@ -164,6 +164,7 @@ def test_naflex_falls_back(run, caplog):
     """timm's NaFlex loader needs a model of its own; ours refuses its batches."""
     options = ['--model', 'test_vit4', '--naflex-loader', '--model-kwargs', 'use_naflex=True', '--img-size', 32]
     options += ['--naflex-train-seq-lens', 4, '--naflex-max-seq-len', 4, '--num-classes', 10]
+    options += ['--mixup', 0.2, '-b', 15]  # of an odd batch too, which other loaders' mixup refuses
     run(*options, '--workers', 0, '--val-split', 'test')
     assert "training with timm's own loader, which --naflex-loader needs" in caplog.text and HELD not in caplog.text
 

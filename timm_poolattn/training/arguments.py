@@ -212,7 +212,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.cutmix_minmax and not (len(args.cutmix_minmax) == 2 and args.cutmix_minmax[0] < args.cutmix_minmax[1]):
         said = ' '.join(f'{number:g}' for number in args.cutmix_minmax)
         raise UserError(f'--cutmix-minmax {said}: give two numbers, the lesser first')
-    if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:
+    pairs = (args.mixup or args.cutmix or args.cutmix_minmax) and not getattr(args, 'naflex_loader', False)
+    if pairs and args.batch_size % 2:  # NaFlex's mixup leaves the odd one as it is
         raise UserError(f'--batch-size {args.batch_size}: mixup and cutmix pair images; give an even number')
     if not (args.dataset or '').startswith(_STREAMS):
         for name in ('epoch_repeats', 'train_num_samples', 'val_num_samples'):
