@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 
 from ..models import hub_org
 from ..papers import DATASETS, paper_top1
+from ..report.results import teachers_of
 from ..utils import HUB_ORG, hub_configs_dir
 
 #: What a card says of a gate, in two sentences.
@@ -71,7 +72,7 @@ def _flags(options: dict[str, Any]) -> str:
         if isinstance(value, bool):
             flags.append(f'--{name}' if value else f'--no-{name}')
         elif value is not None:
-            flags.append(f'--{name} {value}')
+            flags += [f'--{name} {item}' for item in (value if isinstance(value, list) else [value])]
     return ' '.join(flags)
 
 
@@ -128,6 +129,7 @@ def model_card(results: dict[str, Any]) -> ModelCard:
             note=GATE_NOTES[gate] if gate else 'It has no gate: a baseline of the papers.',
             row=figures(results),
             versions=', '.join(f'{k} {v}' for k, v in results['versions'].items()),
+            teachers=teachers_of(results),
             flags=_flags(results['options']),
             citation=_citation(gate),
             onnx=results.get('onnx'),

@@ -15,7 +15,7 @@ from ..bench.backbones import plain_args
 from ..papers import DATASETS, model_args, row_top1, table_rows
 from ..training import recipes
 from .counts import look_up_count
-from .results import released_results
+from .results import released_results, teachers_of
 
 _PAPERS = dict(spem='SPEM', saam='SAAM', fa='FA')
 #: ImageNet-5 is the FA paper's, Sec. V, and no model's tag.
@@ -43,9 +43,10 @@ def results_of(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[
 
 
 def recipe_name(result: dict[str, Any]) -> str:
-    """Return the recipe of a run, and what its weights started from: 'cpu-short, from resnet20_saam.cifar10'."""
+    """Return the recipe of a run, what its weights started from and what taught it: 'cpu, from resnet20.cifar10'."""
     source = result.get('warm_start', '').split()[:1]
-    return ', from '.join([result.get('recipe') or 'own recipe', *source])
+    teachers = ' and '.join(teachers_of(result))
+    return ', from '.join([result.get('recipe') or 'own recipe', *source]) + (teachers and f', taught by {teachers}')
 
 
 def _training(result: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from .penalty import PenaltyTask, with_penalty
 from .recovery import RunStopped, newest_checkpoint
 from .runner import train
 from .runs import Run, read_curve, read_run
+from .soft_targets import soft_targets
 from .timm_script import find_train_script
 from .warm_starts import warm_start
 
@@ -18,6 +19,7 @@ __all__ = [
     'read_curve',
     'read_run',
     'recipes',
+    'soft_targets',
     'train',
     'warm_start',
     'with_penalty',

@@ -23,12 +23,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..data import BatchErasing, ImageFiles, ResidentDataset, ResidentLoader, View, list_classes, load_images
+from ..models import check_model_name
 from ..utils import UserError
 from .arguments import check_arguments, parse_arguments, read_pretrained_cfg
 from .penalty import PenaltyMixin, with_penalty
 from .records import Record, new_folder, own_folder
 from .recovery import Guard, check_checkpoint, newest_checkpoint
 from .runs import read_curve
+from .soft_targets import soft_targets
 from .timm_script import find_train_script, load_train_script
 
 _logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ def train(
     resident: bool = True,
     crop_padding: int | None = None,
     penalty_weight: float = 0.1,
+    teachers: Sequence[str] = (),
 ) -> Path:
     """Run timm's train.py; returns its output folder.
 
@@ -66,6 +69,7 @@ def train(
             need images one by one fall back to timm's loader, with one line that says so.
         crop_padding: see `ResidentLoader`. Default: an eighth of the image's side.
         penalty_weight: eta of `PenaltyMixin`.
+        teachers: trained models whose `soft_targets` take the place of the classes and of label smoothing.
 
     The output folder belongs to one run. It gets, beside what timm writes, `run.json`: the recipe (the name of
     --config's file), the source of a warm start, the arguments that are not train.py's defaults, the classes, seed,
@@ -104,6 +108,9 @@ def train(
             )
         check_checkpoint(args.resume)
     resident = resident and _can_be_resident(args, parsed.given)
+    if teachers:
+        _check_teachers(args, teachers, resident)
+        args.smoothing = 0.0
     classes = [] if args.class_map or (args.dataset and not resident) else _check_data(args)
     if folder is None and rank == 0:
         folder = new_folder(output, safe_model_name(args.model))
@@ -113,6 +120,8 @@ def train(
     if args.initial_checkpoint:
         facts['arguments']['initial_checkpoint'] = Path(args.initial_checkpoint).name
     facts['options'] = dict(resident=resident, crop_padding=crop_padding, penalty_weight=penalty_weight)
+    if teachers:
+        facts['options']['teacher'] = list(teachers)
     if args.device == 'cpu' and rank == 0:
         print(_say_bfloat16(args.amp and args.amp_dtype == 'bfloat16'))
     handlers_before = logging.root.handlers[:]  # main adds its own each time
@@ -129,7 +138,7 @@ def train(
         module.create_optimizer_v2 = partial(_create_optimizer, tasks, module.create_optimizer_v2)
         module.train_one_epoch = guard.around(_with_epoch_metrics(module.train_one_epoch))
         if resident:
-            module.create_dataset = partial(create_resident_dataset, args, note)
+            module.create_dataset = partial(create_resident_dataset, args, note, teachers)
             module.create_loader = partial(create_resident_loader, crop_padding=crop_padding)
         else:
             module.create_dataset = partial(_create_dataset, args, module.create_dataset, note)
@@ -338,6 +347,15 @@ def _can_be_resident(args: argparse.Namespace, given: dict[str, Any]) -> bool:
     return not need
 
 
+def _check_teachers(args: argparse.Namespace, teachers: Sequence[str], resident: bool) -> None:
+    for name in teachers:
+        check_model_name(name)
+    if not resident:
+        raise UserError("--teacher: its targets need the resident loader; leave out what wants timm's own")
+    if args.mixup or args.cutmix or args.cutmix_minmax:
+        raise UserError('--teacher: mixup and cutmix mix classes, not its targets; leave out one or the other')
+
+
 def _view(args: argparse.Namespace, training: bool) -> View:
     """Return how images are brought to the model's size. In training --crop-pct leaves a margin for random crops."""
     config = resolve_data_config(vars(args), pretrained_cfg=read_pretrained_cfg(args.model))
@@ -351,6 +369,7 @@ def _view(args: argparse.Namespace, training: bool) -> View:
 def create_resident_dataset(
     args: argparse.Namespace,
     note: Callable[[list[str], int], None],
+    teachers: Sequence[str],
     name: str,
     root: str | None = None,
     split: str = 'validation',
@@ -364,6 +383,8 @@ def create_resident_dataset(
     data = load_images(root, split, name=name, download=download, view=view, classes=classes)
     if split == args.train_split:
         note(data.classes, args.num_classes)
+        if teachers:
+            data = replace(data, targets=soft_targets(teachers, data, args.num_classes, args.device))
     return ResidentDataset(data, seed)
 
 
