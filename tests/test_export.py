@@ -76,6 +76,11 @@ def test_torchscript(name, tmp_path):
     close(torch.jit.load(path)(x), model(x))
 
 
+def test_size_is_that_of_predictions(tmp_path):
+    model = timm.create_model('test_resnet', pretrained_cfg_overlay=dict(test_input_size=(3, 192, 192)))
+    assert export(model, tmp_path / 'model.pt', 'torchscript')['input_size'] == (3, 192, 192)
+
+
 @pytest.mark.parametrize('name', cases(QUICK))
 def test_onnx(name, tmp_path):
     import onnxruntime

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .data import evaluation_config
 from .utils import UserError, look_up, replacing
 
 TOLERANCE = 1e-4
 
 
 def export(model: nn.Module, path: str | Path, format: str) -> dict[str, Any]:
-    """Write a model for batches of any size, of images of its own size.
+    """Write a model for batches of any size, of images in its size for tests, which `predict` gives them too.
 
     The file is run on batches of 1 and 3, and compared with the model, before it gets its name.
 
@@ -37,7 +38,7 @@ def export(model: nn.Module, path: str | Path, format: str) -> dict[str, Any]:
     if any(getattr(module, 'skip_threshold', 0) > 0 for module in model.modules()):
         raise UserError('a file cannot skip blocks: call set_skip_threshold(model, 0) before export')
     model = model.cpu().eval()
-    size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
+    size = (model.in_chans, *evaluation_config(model)['input_size'][1:])
     images = torch.randn(3, *size, generator=torch.Generator().manual_seed(0), dtype=next(model.parameters()).dtype)
     with replacing(path) as out:
         temp = str(out.with_suffix(f'.{format}'))  # torch wants a pt2 file to be called so

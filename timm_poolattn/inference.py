@@ -11,12 +11,11 @@ import timm
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from timm.data import resolve_data_config
 from timm.utils import AverageMeter, accuracy
 from torch import nn
 from torch.nn import functional as F
 
-from .data import ImageData, ResidentDataset, ResidentLoader, View, load_images, read_image
+from .data import ImageData, ResidentDataset, ResidentLoader, View, evaluation_config, load_images, read_image
 from .models import check_model_name, hub_errors, no_weights
 from .utils import MissingFileError, UserError, progress
 
@@ -115,11 +114,6 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f'{path}: cannot be read ({e.strerror})') from e
     if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
         raise UserError(f'{path}: names no "architecture"; make or download the folder again')
-
-
-def evaluation_config(model: nn.Module) -> dict[str, Any]:
-    """Return how `model` is given images, in timm's names: with its size for tests, where it has one."""
-    return resolve_data_config(model=model, use_test_size=True)  # as timm's validate.py
 
 
 def view_of(model: nn.Module) -> View:
@@ -259,7 +253,7 @@ def evaluate(
         confidence, prediction = output.softmax(1).max(1)
         confidences.append(confidence)
         hits.append(prediction == target)
-    ece = calibration_error(torch.cat(confidences), torch.cat(hits))
+    ece = calibration_error(torch.cat(confidences).cpu(), torch.cat(hits).cpu())  # float64, which not all devices have
     means = dict(top1=round(top1.avg, 4), top5=round(top5.avg, 4), loss=round(loss.avg, 6), ece=round(ece, 4))
     return dict(**means, images=len(data))
 

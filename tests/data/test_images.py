@@ -84,7 +84,7 @@ def test_torchvision_cifar(tmp_path, monkeypatch):
         (base / name).write_bytes(pickle.dumps({'data': pixels, 'labels': [3, 1, 4, 1]}))
     names = [*'abcdefghij']
     (base / 'batches.meta').write_bytes(pickle.dumps({'label_names': names}))
-    with pytest.raises(FileNotFoundError, match=r'torch/cifar10 is not there or damaged.*--dataset-download'):
+    with pytest.raises(FileNotFoundError, match=r'torch/cifar10 is not there or damaged.*CIFAR10\(.*, download=True\)'):
         load_images(tmp_path, 'train', name='torch/cifar10')
     for files in ('train_list', 'test_list'):
         monkeypatch.setattr(CIFAR10, files, [[name, None] for name, _ in getattr(CIFAR10, files)])

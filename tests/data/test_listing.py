@@ -35,6 +35,14 @@ def names(listing, class_name='cat'):
 EIGHT = [f'cat/{i}.png' for i in range(8)]
 
 
+def test_a_class_that_is_called_as_a_split(tmp_path):
+    for name in ('train', 'plane'):
+        (tmp_path / name).mkdir()
+        Image.new('RGB', (8, 8)).save(tmp_path / name / 'a.png')
+    with pytest.raises(UserError, match='if it is a class, rename it'):
+        list_split(tmp_path, 'train')
+
+
 def test_sub_folders_and_links(read, image_folder):
     cat = image_folder / 'train' / 'cat'
     (cat / 'a' / 'b').mkdir(parents=True)

@@ -109,6 +109,7 @@ class TestPublish:
         row = one()
         assert row.status == 'failed' and 'pytorch_model.bin' in row.detail
         assert at(hub) == {'pytorch_model.bin': b'theirs'}
+        assert one(replace=True, dry_run=True).detail.endswith(', pytorch_model.bin (deleted)')
         assert one(replace=True).status == 'replaced'
         assert at(hub) == files(folder)
         (tag,) = (tag for tag in tags(hub) if tag.startswith('replaced-'))

@@ -206,6 +206,14 @@ class TestCard:
         assert '@article{saam,' in text and 'Lee, Changwoo and Chung, Ki-Seok' in text
         assert "timm.create_model('hf-hub:timm-poolattn/resnet20_saam.cifar10', pretrained=True)" in text
 
+    def test_says_bfloat16_and_teachers_where_they_were(self, folder):
+        results = json.loads((folder / 'results.json').read_text())
+        for amp in (False, True):
+            arguments = dict(results['arguments'], amp=amp, amp_dtype='bfloat16', kd_model_name='resnet56.cifar10')
+            text = model_card({**results, 'arguments': arguments}).text
+            assert (' with bfloat16' in text) == amp and 'Taught by `resnet56.cifar10`: ' in text
+        assert 'Taught by' not in model_card(results).text
+
     def test_every_gate_has_its_two_sentences(self, folder):
         results = json.loads((folder / 'results.json').read_text())
         gates = set()

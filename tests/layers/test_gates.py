@@ -178,6 +178,8 @@ def test_the_ratio_that_an_error_recommends(channels):
     with pytest.raises(ValueError, match=f'leaves no hidden channel of {channels}; 1/{channels} does'):
         SAAM(channels, rd_ratio=0.9 / channels)
     assert SAAM(channels, rd_ratio=1 / channels).fc1.out_features == 1
+    with pytest.raises(ValueError, match='rd_channels=0 must be at least 1'):
+        SAAM(channels, rd_channels=0)
 
 
 @pytest.mark.parametrize('use_mlp', [False, True])

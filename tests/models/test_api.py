@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.models import group_parameters
 
-from timm_poolattn.models import FAMILIES
+from timm_poolattn.models import FAMILIES, no_weights, save_model
 
 NAMES = timm.list_models(module=FAMILIES)
 RESNETS = [name for name in NAMES if name.split('_')[0] in ('resnet20', 'resnet83')]
@@ -30,6 +30,26 @@ def test_no_name_twice_or_of_timm():
     assert 'resnet50' in timm_names and not set(timm_names) & set(NAMES)
     assert sorted(n for family in FAMILIES for n in timm.list_models(module=family)) == sorted(set(NAMES))
     assert len(timm.list_models()) == len(timm_names) + len(NAMES)
+
+
+@pytest.mark.parametrize('name', ['resnet20_saam', 'resnext29_fase', 'vgg19_fase', 'inception_v4_se'])
+def test_saved_model_is_loaded(name, tmp_path):
+    """As fine-tuned to images of another size and other classes than the name's own."""
+    model = timm.create_model(name, num_classes=3).eval()
+    save_model(model, tmp_path, ['cat', 'dog', 'eel'], dict(input_size=(3, 48, 48)))
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    assert loaded.pretrained_cfg['input_size'] == (3, 48, 48)
+    if name.startswith('inception'):
+        assert [info['reduction'] for info in loaded.feature_info] == [4, 8, 16]  # of 96 pixels, to which 48 are padded
+
+
+def test_no_weights_of_any_model_of_timm():
+    for name in timm.list_models():
+        if not timm.models.is_model_pretrained(name):
+            says = str(no_weights(name))
+            assert ('it takes those of' in says) == (name in timm.list_models(module='gated_resnet')), says
 
 
 @pytest.mark.parametrize('name', RESNETS + ONE_OF_EACH[3:] + LARGE)

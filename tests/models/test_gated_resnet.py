@@ -9,6 +9,7 @@ from torch import nn
 
 from timm_poolattn import FaResNet
 from timm_poolattn.layers import SAAM, SPEM, FocusAssociation, IdentityInit
+from timm_poolattn.utils import UserError
 
 NAMES = timm.list_models(module='gated_resnet')
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -25,6 +26,11 @@ def backbone(path, name='resnet50', **kwargs):
             nn.init.normal_(m.running_mean, std=0.1)
     save_file(model.state_dict(), path)
     return model.eval()
+
+
+def test_one_gate_to_a_block():
+    with pytest.raises(UserError, match=r"block_args: its attn_layer .* gate='spem'"):
+        timm.create_model('resnet50_spem', block_args=dict(attn_layer='se'), device='meta')
 
 
 def test_names():

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 
 import pytest
@@ -75,6 +76,14 @@ def test_without_matplotlib(train_script, photos, tmp_path, monkeypatch):
     assert "confusion matrix: not drawn: pip install 'timm_poolattn[explain]'" in out
     config = json.loads((tmp_path / 'run' / 'model' / 'config.json').read_text())
     assert config['architecture'] == 'resnet20_spem' and config['num_classes'] == 5
+
+
+def test_splits_of_other_names(train_script, photos, tmp_path):
+    for split in ('mine', 'other'):
+        shutil.copytree(photos, tmp_path / 'data' / split)
+    args = ['--epochs', 1, '--output', tmp_path, '--experiment', 'run', '--model', 'resnet20_spem.cifar10']
+    out = run(train_script, tmp_path / 'data', *args, '--train-split', 'mine', '--val-split', 'other')
+    assert 'top-1 ' in out and (tmp_path / 'run' / 'model' / 'config.json').is_file()
 
 
 def test_hold_out(photos):

@@ -240,6 +240,7 @@ class TestFolder:
                     os._exit(0)
                 os._exit(1)
             assert os.waitpid(pid, 0)[1] == 0
+            assert (tmp_path / 'run').is_dir()  # both found it missing; the one that is refused removes nothing
 
     def test_a_run_without_an_epoch_gives_way(self, train_script, cifar10_few, tmp_path):
         """What a kill in the first epoch leaves."""

@@ -67,6 +67,12 @@ def test_options(run, caplog, options):
     )
 
 
+def test_padding_is_the_resident_loaders(run):
+    for options in (dict(resident=False), {}):
+        with pytest.raises(UserError, match="--crop-padding is the resident loader's"):
+            run(*([] if options else ['--vflip', 0.5]), crop_padding=2, **options)
+
+
 def test_penalty_is_in_a_distillations_loss(run):
     """p moves by Eq. 8's gradient alone while gamma is 0: the first update is lr * 2 eta p in every task."""
     options = ['-b', 40, '--weight-decay', 0, '--kd-model-name', 'resnet20_saam.cifar10']

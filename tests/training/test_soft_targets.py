@@ -11,7 +11,7 @@ from timm_poolattn.data import load_images
 from timm_poolattn.hub.card import _flags
 from timm_poolattn.report.rows import recipe_name
 from timm_poolattn.training import read_curve, read_run, soft_targets
-from timm_poolattn.utils import UserError
+from timm_poolattn.utils import UserError, released
 
 from .test_options import run  # noqa: F401  a fixture
 
@@ -86,6 +86,15 @@ def test_training(run, data):  # noqa: F811
     assert recipe_name(facts) == 'own recipe, taught by resnet20.cifar10 and resnet20_saam.cifar10'
 
 
+def test_arguments_say_what_was_done(run, tmp_path, cifar10_few):  # noqa: F811
+    """Smoothing is off and recorded so; a teacher's folder without its place; evaluation is on the classes."""
+    folder = released()['resnet20.cifar10']
+    options = ['--model', 'resnet20.cifar10', '-b', 40, '--smoothing', 0.2, '--val-split', 'train', '--pretrained']
+    done = read_run(run(*options, teachers=[f'local-dir:{folder}']))
+    assert done.args['smoothing'] == done.record['arguments']['smoothing'] == 0
+    assert done.record['options']['teacher'] == ['local-dir:resnet20.cifar10']
+
+
 @pytest.mark.parametrize(
     ('teacher', 'options', 'message'),
     [
@@ -94,7 +103,8 @@ def test_training(run, data):  # noqa: F811
         ('resnet20.cifar100', [], 'not trained on the classes'),
         ('resnet20.cifar10', ['--mixup', '0.2'], 'mixup'),
         ('resnet20.cifar10', ['--aa', 'rand-m9-mstd0.5'], 'resident loader'),
-        ('resnet20.cifar10', ['--input-size', '3', '24', '24'], 'resnet20.cifar10'),
+        ('resnet20.cifar10', ['--input-size', '3', '24', '24'], 'leave out --input-size, --crop-pct'),
+        ('resnet20.cifar10', ['--crop-pct', '0.875'], 'leave out --input-size, --crop-pct'),
     ],
 )
 def test_mistakes(run, teacher, options, message):  # noqa: F811

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from timm_poolattn.utils import UserError, remove_leftovers, replacing, write_text
+from timm_poolattn.utils import UserError, files, remove_leftovers, replacing, write_text
 
 
 def content(path):
@@ -59,6 +59,20 @@ def test_an_error_leaves_what_was_there(tmp_path):
         temp.write_text('half')
         raise KeyError
     assert (tmp_path / 'a').read_text() == 'old' and os.listdir(tmp_path) == ['a']
+
+
+def test_a_folder_that_is_taken_for_a_leftover(tmp_path, monkeypatch):
+    """Another writer of the same path comes between the making of the hidden folder and its lock."""
+    path, lock = tmp_path / 'a', files._lock
+
+    def slow_lock(folder):
+        monkeypatch.setattr(files, '_lock', lock)
+        remove_leftovers(path)
+        return lock(folder)
+
+    monkeypatch.setattr(files, '_lock', slow_lock)
+    write_text(path, 'new')
+    assert path.read_text() == 'new' and os.listdir(tmp_path) == ['a']
 
 
 def test_a_link_stays_one(tmp_path):

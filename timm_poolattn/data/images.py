@@ -169,8 +169,9 @@ def _load_torchvision(name: str, root: Path, split: str, download: bool) -> Imag
         # torchvision checks the MD5 of each of its files before it unpickles them
         data = _TORCHVISION[name](root, train=split in TRAIN_SPLITS, download=download)
     except (RuntimeError, OSError) as e:  # it is not there; no network, no disk
+        call = f'torchvision.datasets.{_TORCHVISION[name].__name__}({str(root)!r}, download=True)'
         raise MissingFileError(
-            f'{root}: {name} is not there or damaged ({e}); --dataset-download fetches it where there is a network'
+            f'{root}: {name} is not there or damaged ({e}); {call} fetches it where there is a network'
         ) from e
     return ImageData(torch.from_numpy(data.data), torch.tensor(data.targets), data.classes)
 

@@ -249,7 +249,10 @@ def list_split(root: str | Path, split: str, hold_out: bool = True) -> Listing:
     if empty := sorted(set(classes) - {i.class_name for i in walk.images}) or (not classes and ['it']):
         more = f'; {walk.notes()[0]}' if walk.notes() else ''
         no_images = f'no images ({_SUFFIXES}) in {", ".join(empty)}'
-        raise UserError(f'{where}: {no_images}{more}; remove or fill the class folder')
+        remedy = (
+            'remove or fill the class folder' if classes else 'it is a split, of classes; if it is a class, rename it'
+        )
+        raise UserError(f'{where}: {no_images}{more}; {remedy}')
     for name in classes:
         if any('\ud800' <= c <= '\udfff' for c in name):  # as Python has such bytes
             raise UserError(f'{where}: the name of class {name!r} is no UTF-8; rename its folder')

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
+from torch import nn
 
 from ..utils import MissingFileError, UserError, look_up
 
@@ -191,3 +192,8 @@ def _to_8_bits(image: Image.Image, file_format: str | None, tiff: Mapping[int, A
     else:
         return image
     return Image.fromarray(pixels.astype(np.uint8))
+
+
+def evaluation_config(model: nn.Module) -> dict[str, Any]:
+    """Return how `model` is given images, in timm's names: with its size for tests, where it has one."""
+    return resolve_data_config(model=model, use_test_size=True)  # as timm's validate.py

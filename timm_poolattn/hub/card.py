@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 
 from ..models import hub_org
 from ..papers import DATASETS, paper_top1
-from ..report.results import teachers_of
+from ..training import teachers_of
 from ..utils import HUB_ORG, hub_configs_dir
 
 #: What a card says of a gate, in two sentences.

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import ImageData
+from ..data import ImageData, evaluation_config
 from ..export import TOLERANCE, export
-from ..inference import class_names, evaluate, evaluation_config
+from ..inference import class_names, evaluate
 from ..utils import UserError, require
 
 #: float32, and weights and activations in 8 bits.

@@ -187,7 +187,8 @@ def _upload(
             ' keeps them under a tag'
         )
     if dry_run:
-        return ('unchanged', url) if status == 'unchanged' else (f'would be {status}', f'{url}: {", ".join(changed)}')
+        files = ', '.join([*changed, *(f'{path} (deleted)' for path in foreign)])
+        return ('unchanged', url) if status == 'unchanged' else (f'would be {status}', f'{url}: {files}')
 
     step()
     weights = json.loads((folder / 'results.json').read_text())['weights']['sha256']

@@ -37,7 +37,7 @@ _ALLOWED = re.compile(
 )
 _OTHER_WEIGHTS = re.compile(r'.*\.(bin|pt|pth|pth\.tar|tar|pkl|pickle|ckpt|npz|h5|onnx|msgpack|safetensors)')
 #: Arguments that timm writes into config.json and that leave the architecture as its name says.
-MODEL_ARGS = {'in_chans', 'num_classes', 'global_pool', 'stem_stride'}
+MODEL_ARGS = {'in_chans', 'num_classes', 'global_pool', 'stem_stride', 'img_size'}
 #: Keys of config.json, and of its pretrained_cfg: nothing that names a file, an address or code.
 _CONFIG_KEYS = {
     *('architecture', 'num_classes', 'num_features', 'global_pool', 'label_names', 'model_args', 'pretrained_cfg'),
@@ -316,6 +316,7 @@ class _Release:
         for key, value, known in (
             ('in_chans', args.get('in_chans', size[0]), (size[0],)),
             ('stem_stride', args.get('stem_stride', 1), (1, 2)),
+            ('img_size', args.get('img_size', size[1:]), (size[1:],)),
             ('global_pool', pool, _POOLS),
             ('global_pool', args.get('global_pool', pool), (pool,)),
             ('tag', cfg.get('tag', self.results['tag']), (self.results['tag'],)),

@@ -54,10 +54,12 @@ class SAAM(nn.Module):
             raise UserError(f'SAAM: paths={paths} must be at least 1')
         if rd_channels is None:
             check_rd_ratio(channels, rd_ratio, 'SAAM')
+            rd_channels = make_divisible(channels * rd_ratio, rd_divisor, round_limit=0.0)
+        if rd_channels < 1:
+            raise UserError(f'SAAM: rd_channels={rd_channels} must be at least 1')
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.channels = channels
-        rd_channels = rd_channels or make_divisible(channels * rd_ratio, rd_divisor, round_limit=0.0)
         self.conv = nn.Conv2d(1, paths, kernel_size, padding=kernel_size // 2, bias=False, **dd)
         self.fc1 = nn.Linear(channels, rd_channels, bias=False, **dd)
         self.fc2 = nn.Linear(rd_channels, channels, bias=False, **dd)

@@ -80,7 +80,8 @@ class CifarInceptionV4(StagedNet):
         in_chans: channels of the images.
         global_pool: timm's pooling names, '' for none.
         drop_rate: dropout before the classifier.
-        img_size: side of the images, which `feature_info` refers to; the forward takes any.
+        img_size: side of the images, or (height, width) as timm's config.json has it; `feature_info` refers to it, and
+            the forward takes any.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -99,7 +100,7 @@ class CifarInceptionV4(StagedNet):
         in_chans: int = 3,
         global_pool: str = 'avg',
         drop_rate: float = 0.0,
-        img_size: int = 32,
+        img_size: int | tuple[int, int] = 32,
         device=None,
         dtype=None,
     ) -> None:
@@ -118,7 +119,8 @@ class CifarInceptionV4(StagedNet):
             Mixed4a(_conv, **dd),
             Mixed5a(_conv, **dd),
         )
-        reduction = 8 * img_size / max(img_size, self.least_side)  # of the image before it is padded
+        side = to_2tuple(img_size)[0]
+        reduction = 8 * side / max(side, self.least_side)  # of the image before it is padded
         self.feature_info = []
         small_conv = partial(_conv, seven=5)
         stages = []

@@ -50,7 +50,7 @@ class Flavour:
 FLAVOURS = {
     'saam': Flavour(1, True, dict(se=partial(GATES['se'], rd_ratio=1 / 4, bias=False))),
     'fa': Flavour(3, False, dict(se=partial(GATES['se'], rd_ratio=1 / 8))),  # the better of 1/4 and 1/8, row by row
-    'spem': Flavour(1, False, dict(se=partial(GATES['se'], rd_ratio=1 / 16), cbam=CbamModule)),
+    'spem': Flavour(1, False, dict(cbam=CbamModule)),
     'resnext': Flavour(1, False, dict(se=partial(GATES['se'], rd_ratio=1 / 8))),  # the FA paper's
 }
 #: Gates whose parameters the SAAM paper's training does not decay: "all parameters except the attention modules".

@@ -17,6 +17,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from ..layers import GATES, FocusAssociation, create_gate
+from ..utils import UserError
 from ._registry import register_models
 from ._stage import Stage, set_skip_threshold, split_gate
 
@@ -25,6 +26,8 @@ __all__ = ['FaResNet', 'GatedResNet']
 
 class GatedResNet(ResNet):
     """timm's ResNet of bottleneck blocks with a channel gate in every block.
+
+    timm's `init_weights` draws the gates' convolutions as it does those of timm's own SE.
 
     Args:
         layers: blocks of each stage.
@@ -35,7 +38,7 @@ class GatedResNet(ResNet):
         **kwargs: of timm.models.resnet.ResNet.
 
     Raises:
-        UserError: an unknown gate, or `gate_kwargs` without a gate to take them.
+        UserError: an unknown gate, `gate_kwargs` without a gate to take them, or an `attn_layer` beside the gate.
     """
 
     block: type[Bottleneck] = Bottleneck
@@ -52,6 +55,8 @@ class GatedResNet(ResNet):
     ) -> None:
         channel_gate, _ = split_gate(type(self).__name__, gate, gate_kwargs, self.gates)
         create = partial(create_gate, channel_gate, identity_init=identity_init, **(gate_kwargs or {}))
+        if channel_gate and 'attn_layer' in (block_args or {}):
+            raise UserError(f'block_args: its attn_layer lies where gate={gate!r} does; leave out one of them')
         block_args = {**(block_args or {}), **(dict(attn_layer=create) if channel_gate else {})}
         super().__init__(self.block, layers, block_args=block_args, **kwargs)
         self.gate = gate

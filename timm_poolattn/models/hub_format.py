@@ -9,6 +9,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from ..utils import UserError
+from .cifar_inception_v4 import CifarInceptionV4
 from .cifar_resnet import CifarResNet
 from .insertion import has_inserted_gates
 
@@ -39,16 +40,18 @@ def save_model(
         data_config=data_config,
         safe_serialization=True,
     )
-    _tidy(Path(folder, 'config.json'))
+    _tidy(Path(folder, 'config.json'), takes_any_size=isinstance(model, CifarInceptionV4))
 
 
-def _tidy(path: Path) -> None:
+def _tidy(path: Path, takes_any_size: bool) -> None:
     """Mend what timm says twice in a config.json.
 
     transformers stumbles over the second `num_classes`. The second `label_names` are those of the model's own tag,
-    where it has as many classes.
+    where it has as many classes. A model that takes images of any size has features of the size that it was given.
     """
     config = json.loads(path.read_text())
+    if takes_any_size:
+        config['model_args']['img_size'] = config['pretrained_cfg']['input_size'][1:]
     config.get('model_args', {}).pop('num_classes', None)
     if 'label_names' in config['pretrained_cfg']:
         config['pretrained_cfg']['label_names'] = config['label_names']

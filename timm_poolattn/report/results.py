@@ -45,12 +45,6 @@ def load_results() -> list[dict[str, Any]]:
     return [*released_results().values(), *map(read_results, sorted(RESULTS_DIR.glob('*.json')))]
 
 
-def teachers_of(result: dict[str, Any]) -> list[str]:
-    """Return the models whose outputs a run was trained on, by `poolattn train --teacher` or timm's distillation."""
-    names = [*result['options'].get('teacher', []), result['arguments'].get('kd_model_name')]
-    return [name for name in names if name]
-
-
 def load_insertions() -> list[dict[str, Any]]:
     """Read what train_scripts/insert_gates.py wrote into `INSERTIONS_DIR`.
 

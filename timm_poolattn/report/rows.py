@@ -13,9 +13,9 @@ import yaml
 
 from ..bench.backbones import plain_args
 from ..papers import DATASETS, model_args, row_top1, table_rows
-from ..training import recipes
+from ..training import recipes, teachers_of
 from .counts import look_up_count
-from .results import released_results, teachers_of
+from .results import released_results
 
 _PAPERS = dict(spem='SPEM', saam='SAAM', fa='FA')
 #: ImageNet-5 is the FA paper's, Sec. V, and no model's tag.

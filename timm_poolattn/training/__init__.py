@@ -3,7 +3,7 @@ from .finetuning import Finetuned, finetune
 from .penalty import PenaltyTask, with_penalty
 from .recovery import RunStopped, newest_checkpoint
 from .runner import train
-from .runs import Run, read_curve, read_run
+from .runs import Run, read_curve, read_run, teachers_of
 from .soft_targets import soft_targets
 from .timm_script import find_train_script
 from .warm_starts import warm_start
@@ -20,6 +20,7 @@ __all__ = [
     'read_run',
     'recipes',
     'soft_targets',
+    'teachers_of',
     'train',
     'warm_start',
     'with_penalty',

@@ -1,5 +1,6 @@
 """Fine-tuning to a folder of one's own classes: train, keep the best epoch, say what it gets right and wrong."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,9 @@ def finetune(data_dir: str | Path, argv: Sequence[str] = (), **options) -> Finet
     Raises:
         As `train`.
     """
-    classes = list_classes(data_dir)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument('--train-split', default='train')
+    classes = list_classes(data_dir, parser.parse_known_args(list(argv))[0].train_split)
     argv = [*argv, '--num-classes', str(len(classes)), '--data-dir', str(data_dir)]
     run = read_run(train(argv, **{'recipe': 'finetune', **options}))
     model = run.build_model('best')

@@ -67,13 +67,14 @@ def own_folder(folder: Path, resume: str, is_new: bool, resumable: bool = True) 
                 raise UserError(
                     f'{folder}: another process trains into it; --experiment names another folder'
                 ) from None
-        _check_empty(folder, resume, resumable)
-        _mend_curve(folder)
-        yield
-    except BaseException:
-        if is_new and not newest_checkpoint(folder) and not list(folder.glob('*.pth.tar')):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+        try:
+            _check_empty(folder, resume, resumable)
+            _mend_curve(folder)
+            yield
+        except BaseException:
+            if is_new and not newest_checkpoint(folder) and not list(folder.glob('*.pth.tar')):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     finally:
         if lock is not None:
             os.close(lock)
@@ -113,7 +114,10 @@ class Record:
     def __init__(self, folder: Path, resume: str, device: str, **facts: Any) -> None:
         self.path = folder / 'run.json'
         self.start = time.time()
-        name = torch.cuda.get_device_name(device) if device.startswith('cuda') else f'{os.cpu_count()} CPU cores'
+        kind = torch.device(device).type
+        name = {'cpu': f'{os.cpu_count()} CPU cores', 'mps': 'Apple GPU'}.get(kind, kind)
+        if kind == 'cuda':
+            name = torch.cuda.get_device_name(device)
         if (processes := int(os.environ.get('WORLD_SIZE', 1))) > 1:
             name = f'{processes} processes, each with a batch of its own: {name}'
         self.facts = dict(

@@ -84,6 +84,8 @@ def train(
         KeyboardInterrupt: Ctrl-C; its message says what was saved and how to resume.
     """
     module = load_train_script(find_train_script(timm_script, allow_unpinned=allow_unpinned))
+    if teachers:
+        argv = [*argv, '--smoothing', '0']  # of which the soft targets take the place
     parsed = parse_arguments(module, argv, recipe)
     args = parsed.args
     check_arguments(args)
@@ -108,9 +110,10 @@ def train(
             )
         check_checkpoint(args.resume)
     resident = resident and _can_be_resident(args, parsed.given)
+    if crop_padding is not None and not resident:
+        raise UserError("--crop-padding is the resident loader's; leave it out, or what wants timm's own loader")
     if teachers:
         _check_teachers(args, teachers, resident)
-        args.smoothing = 0.0
     classes = [] if args.class_map or (args.dataset and not resident) else _check_data(args)
     if folder is None and rank == 0:
         folder = new_folder(output, safe_model_name(args.model))
@@ -121,7 +124,9 @@ def train(
         facts['arguments']['initial_checkpoint'] = Path(args.initial_checkpoint).name
     facts['options'] = dict(resident=resident, crop_padding=crop_padding, penalty_weight=penalty_weight)
     if teachers:
-        facts['options']['teacher'] = list(teachers)
+        facts['options']['teacher'] = [  # a folder without its place on this machine
+            f'local-dir:{Path(name).name}' if name.startswith('local-dir:') else name for name in teachers
+        ]
     if args.device == 'cpu' and rank == 0:
         print(_say_bfloat16(args.amp and args.amp_dtype == 'bfloat16'))
     handlers_before = logging.root.handlers[:]  # main adds its own each time
@@ -375,13 +380,14 @@ def create_resident_dataset(
     split: str = 'validation',
     download: bool = False,
     seed: int = 42,
+    is_training: bool = False,
     **_,
 ) -> ResidentDataset:
     """Stand in for timm.data.create_dataset, with the arguments of train.py before its own."""
-    view = _view(args, training=split == args.train_split)
+    view = _view(args, training=is_training)
     classes = None if name else list_classes(root, args.train_split)  # the evaluation split may hold a few of them
     data = load_images(root, split, name=name, download=download, view=view, classes=classes)
-    if split == args.train_split:
+    if is_training:
         note(data.classes, args.num_classes)
         if teachers:
             data = replace(data, targets=soft_targets(teachers, data, args.num_classes, args.device))

@@ -235,3 +235,9 @@ def read_curve(folder: str | Path) -> list[dict[str, float]]:
             continue
         curve = [before for before in curve if before['epoch'] < epoch['epoch']] + [epoch]
     return curve
+
+
+def teachers_of(result: dict[str, Any]) -> list[str]:
+    """Return the models whose outputs a run was trained on, by `poolattn train --teacher` or timm's distillation."""
+    names = [*result['options'].get('teacher', []), result['arguments'].get('kd_model_name')]
+    return [name for name in names if name]

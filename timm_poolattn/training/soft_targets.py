@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from timm.models import safe_model_name
 from torch.nn import functional as F
 
-from ..data import ImageData
-from ..inference import evaluation_config, evaluation_loader, load_pretrained
+from ..data import ImageData, evaluation_config
+from ..inference import evaluation_loader, load_pretrained, view_of
 from ..utils import UserError, cache_dir, progress, replacing
 
 _logger = logging.getLogger(__name__)
@@ -47,6 +47,11 @@ def soft_targets(
 def _probabilities(name: str, data: ImageData, device: torch.device | str) -> torch.Tensor:
     """Return what one teacher gives, (N, classes): of the classes that the data have, which share the others' part."""
     model = load_pretrained(name)
+    if data.view not in (None, view_of(model)):
+        raise UserError(
+            f'--teacher {name}: it sees images as {view_of(model)}, and the model to train as {data.view}; leave out'
+            ' --input-size, --crop-pct and --interpolation, or take another teacher'
+        )
     try:
         loader = evaluation_loader(model, data, device=device)
     except UserError as e:
@@ -68,6 +73,6 @@ def _probabilities(name: str, data: ImageData, device: torch.device | str) -> to
     try:
         with replacing(path) as temp:
             save_file(dict(probabilities=probabilities), temp)
-    except UserError as e:  # it costs the next run a computation, no more
+    except (UserError, OSError) as e:  # it costs the next run a computation, no more
         _logger.warning(f'{path}: not cached ({e}); TIMM_POOLATTN_CACHE names another folder')
     return probabilities

@@ -43,8 +43,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     with _refusals(path, errno.ENOENT):  # as /proc says that it takes no files
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        folder = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent))
-    lock = _lock(folder)
+        folder, lock = _own_folder(path)
     try:
         with _refusals(path):
             temp = folder / path.name
@@ -65,6 +64,20 @@ def replacing(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _own_folder(path: Path) -> tuple[Path, int | None]:
+    """Make the hidden folder of one writer of `path`; returns it and its lock, where the file system has locks."""
+    for attempt in range(3):
+        folder = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent))
+        lock = _lock(folder)
+        if (lock is not None and folder.exists()) or attempt == 2:
+            break
+        # before it was locked, another writer took it for a leftover
+        if lock is not None:
+            os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
+    return folder, lock
 
 
 def write_text(path: str | Path, text: str) -> None:
