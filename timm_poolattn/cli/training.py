@@ -41,7 +41,10 @@ def train_options(command: Callable) -> Callable:
 @click.command(context_settings=_TIMM_ARGS)
 @click.option('--recipe', help='A name in train_scripts/recipes; every other argument overrides its values.')
 @click.option(
-    '--teacher', 'teachers', multiple=True, help='A trained model that says what an image shows. Of several, the mean.'
+    '--teacher',
+    'teachers',
+    multiple=True,
+    help='A trained model, whose class probabilities are the targets. Of several, their mean.',
 )
 @train_options
 def train(timm_args, **options) -> None:
