@@ -119,7 +119,7 @@ class TestErrors:
 
     def test_offline(self, error, monkeypatch):
         monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-        assert 'HF_HUB_OFFLINE is set' in error() and 'not in the cache' in error()
+        assert f'HF_HUB_OFFLINE is set and org/{NAME} at' in error() and 'not in the cache' in error()
 
     def test_down(self, error, hub):
         hub.fault('HEAD', 'resolve', 503, times=99)

@@ -157,7 +157,7 @@ def save(figure: Figure, path: str | Path, **kwargs) -> Path:
 
 def plain_text(text: str, length: int = 60) -> str:
     """Return `text` for matplotlib to print as it is, on one line: no formula, cut in the middle beyond `length`."""
-    text = ' '.join(text.split())
+    text = ' '.join(text.split()).encode('utf-8', 'replace').decode()  # a file name may hold bytes that are no UTF-8
     if len(text) > length:
         text = f'{text[: (length - 1) // 2]}…{text[-(length // 2) :]}'
     return text.replace('$', r'\$')
@@ -362,10 +362,12 @@ def _rows(account: Account, image: Image.Image) -> list[tuple[float, Callable[[S
     return rows
 
 
-def _caption(ax_or_figure: Axes | SubFigure, text: str, y: float = 0.98) -> None:
+def _caption(ax_or_figure: Axes | SubFigure, text: str, y: float | None = None) -> None:
     if isinstance(ax_or_figure, Axes):
         ax_or_figure.set_title(text, fontsize=9, loc='left', color=_INK)
     else:
+        if y is None:  # as far from the top however tall it is
+            y = 1 - 0.03 * ax_or_figure.figure.dpi / ax_or_figure.bbox.height
         ax_or_figure.text(0.02, y, text, fontsize=9, va='top', color=_INK)
 
 

@@ -74,6 +74,6 @@ class SAAM(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         v = self.score_map(x).to(x.dtype)
-        s = v.flatten(2) @ x.flatten(2).mT  # Eq. 4: (B, K, C)
+        s = v.flatten(2) @ x.flatten(2).transpose(1, 2)  # Eq. 4: (B, K, C); torch's older ONNX exporter has no mT
         g = self.fc2(F.relu(self.fc1(s)).sum(1))  # Eq. 9; fc2 is linear, so the sum over paths may come before it
         return x * F.sigmoid(g).to(x.dtype)[:, :, None, None]  # Eq. 8, 10

@@ -44,6 +44,8 @@ def hub_errors(repo_id: str, endpoint: str | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except HubError:  # of a call within, which knows the repository better
+        raise
     except Exception as error:
         causes = [error]
         while cause := causes[-1].__cause__:
