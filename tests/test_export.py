@@ -76,6 +76,19 @@ def test_torchscript(name, tmp_path):
     close(torch.jit.load(path)(x), model(x))
 
 
+@pytest.mark.parametrize('name', ['resnet20_saam2', 'resnet20_spem', 'resnet20_fa'])
+@pytest.mark.filterwarnings('ignore')
+def test_torchs_older_exporter(name, tmp_path):
+    """Which timm's onnx_export.py uses by default."""
+    import onnxruntime
+
+    model = create(name)
+    x, path = images(model, 2), tmp_path / 'model.onnx'
+    torch.onnx.export(model, (x,), str(path), input_names=['images'], dynamo=False)
+    (logits,) = onnxruntime.InferenceSession(path).run(None, dict(images=x.numpy()))
+    close(torch.from_numpy(logits), model(x).detach())
+
+
 def test_size_is_that_of_predictions(tmp_path):
     model = timm.create_model('test_resnet', pretrained_cfg_overlay=dict(test_input_size=(3, 192, 192)))
     assert export(model, tmp_path / 'model.pt', 'torchscript')['input_size'] == (3, 192, 192)

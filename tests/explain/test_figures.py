@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import timm_poolattn
-from timm_poolattn.explain.figures import explain, explain_figure, grad_cam, plain_text, save
+from timm_poolattn.explain.figures import _map_rows, explain, explain_figure, grad_cam, plain_text, save
 from timm_poolattn.utils import UserError
 
 from ..cli.test_cli import fails, run
@@ -164,11 +164,22 @@ def test_a_broken_image_does_not_stop_the_others(photo, tmp_path):
     [
         ('US$1_$5', r'US\$1_\$5'),
         ('two\nlines', 'two lines'),
+        ('caf\udce9.png', 'caf?.png'),  # a byte of a file name that is no UTF-8
         ('x' * 100, 'x' * 29 + '…' + 'x' * 30),
     ],
 )
 def test_names_are_text(text, printed):
     assert plain_text(text) == printed
+
+
+def test_a_caption_stands_above_the_maps_however_many():
+    for blocks in (3, 60):
+        height, draw = _map_rows([(str(i), np.ones((4, 8, 8))) for i in range(blocks)], np.ones((8, 8)), 'SAAM', 'path')
+        figure = Figure((7.5, height))
+        draw(figure.subfigures())
+        figure.draw_without_rendering()
+        caption = figure.subfigs[0].texts[0].get_window_extent()
+        assert all(ax.title.get_window_extent().y1 < caption.y0 for ax in figure.axes)
 
 
 def renamed(model, names):
