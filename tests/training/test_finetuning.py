@@ -42,7 +42,7 @@ def run(train_script, *args, code=0):
 
 
 def test_a_folder_of_classes(train_script, photos, tmp_path):
-    out = run(train_script, photos, '--epochs', 12, '--output', tmp_path, '--experiment', 'run', '--workers', 0)
+    out = run(train_script, photos, '--epochs', 24, '--output', tmp_path, '--experiment', 'run', '--workers', 0)
     table = out[out.index('class  images') :].splitlines()
     assert [line.split()[:2] for line in table[1:6]] == [[name, '1'] for name in CLASSES]
     top1 = float(re.search(r'top-1 ([\d.]+)% with the best epoch, \d+', table[-1])[1])
