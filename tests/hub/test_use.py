@@ -12,13 +12,14 @@ import timm
 import torch
 from click.testing import CliRunner
 from huggingface_hub import constants
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save
 from timm.models import save_for_hf
 
 from timm_poolattn.cli import main
 from timm_poolattn.hub.releases import seal
 from timm_poolattn.inference import load_pretrained
-from timm_poolattn.models import HubError
+from timm_poolattn.models import HubError, hub_errors
 from timm_poolattn.utils import UserError
 
 from .conftest import NAME, TOKEN
@@ -75,6 +76,13 @@ def test_cache_dir_and_offline_afterwards(hub, zoo, folder, tmp_path, monkeypatc
     is_it(timm.create_model(NAME, pretrained=True, cache_dir=cache, **BY_NAME), folder)
     is_it(timm.create_model(f'hf-hub:org/{NAME}', pretrained=True, cache_dir=cache), folder)
     assert len(hub.requests) == requests
+
+
+def test_an_error_names_the_repository_that_was_asked():
+    """Not what the user called it: load_pretrained knows a name, and what it calls the repository."""
+    with pytest.raises(HubError, match='HF_HUB_OFFLINE is set and org/inner at'), hub_errors('outer'):
+        with hub_errors('org/inner'):
+            raise OfflineModeIsEnabled
 
 
 class TestErrors:

@@ -409,7 +409,7 @@ def _bars(ax: Axes, predictions: Sequence[tuple[str, float]], length: int) -> No
     ax.spines[:].set_visible(False)
 
 
-def _cams(figure: SubFigure, account: Account, caption: str, length: int, y: float = 0.98) -> None:
+def _cams(figure: SubFigure, account: Account, caption: str, length: int, y: float | None = None) -> None:
     _caption(figure, caption, y)
     axes = _axes(figure, 1, len(account.cams), left=0.15, bottom=0.42)[0]
     for ax, cam, label in zip(axes, account.cams, account.labels, strict=True):

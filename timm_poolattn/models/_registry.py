@@ -83,7 +83,7 @@ def no_weights(name: str) -> UserError:
     """Return the error for a model, tagged or not, without weights. It names what has them: other tags, near models."""
     arch, _, tag = name.partition('.')
     backbone, _, gate = arch.rpartition('_')
-    if arch in timm.list_models(module='gated_resnet') and timm.get_pretrained_cfg(arch).tag == 'untrained':
+    if arch in timm.list_models(module='gated_resnet'):
         overlay = f'pretrained_cfg_overlay=dict(hf_hub_id={timm.get_pretrained_cfg(backbone).hf_hub_id!r})'
         return UserError(f'{name} has no weights; with identity_init=True it takes those of {backbone}: {overlay}')
 
