@@ -80,9 +80,9 @@ def test_cache_dir_and_offline_afterwards(hub, zoo, folder, tmp_path, monkeypatc
 
 def test_an_error_names_the_repository_that_was_asked():
     """Not what the user called it: load_pretrained knows a name, and what it calls the repository."""
-    with pytest.raises(HubError, match='HF_HUB_OFFLINE is set and org/inner at'), hub_errors('outer'):
-        with hub_errors('org/inner'):
-            raise OfflineModeIsEnabled
+    offline = pytest.raises(HubError, match='HF_HUB_OFFLINE is set and org/inner at')
+    with offline, hub_errors('outer'), hub_errors('org/inner'):
+        raise OfflineModeIsEnabled
 
 
 class TestErrors:
