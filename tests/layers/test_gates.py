@@ -88,9 +88,11 @@ def test_script_and_fx(name):
 
 
 @pytest.mark.parametrize('name', OURS)
-def test_wrong_channels_are_named(name):
-    with pytest.raises(AssertionError, match=r'16 channels.* 12'):
-        create_gate(name, 16)(torch.randn(2, 12, 4, 4))
+@pytest.mark.parametrize('channels', [1, 12])
+def test_wrong_channels_are_refused(name, channels):
+    """One channel could be broadcast to all of a gate's."""
+    with pytest.raises((AssertionError, RuntimeError), match=str(channels)):
+        create_gate(name, 16)(torch.randn(2, channels, 4, 4))
 
 
 @pytest.mark.parametrize('attn_layer', [SPEM, SAAM])

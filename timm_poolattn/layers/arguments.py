@@ -7,7 +7,9 @@ from ..utils import UserError
 def check_channels(x: torch.Tensor, channels: int, name: str) -> None:
     """Name both numbers where x (B, C, H, W) has not the `channels` that the module `name` was built for.
 
-    An assertion as timm's own layers use it, so that FX can trace and TorchScript compile it.
+    For gates whose own parameters would be broadcast to the input; others have a layer that refuses it. The number is
+    the parameters', not the one given at construction, which is another once a tool has pruned channels. An assertion
+    as timm's own layers use it, so that FX can trace and TorchScript compile it.
     """
     _assert(x.shape[1] == channels, f'{name} was built for {channels} channels, its input has {x.shape[1]}')
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..utils import UserError
-from .arguments import check_channels, check_rd_ratio
+from .arguments import check_rd_ratio
 
 
 class CBAM(nn.Module):
@@ -26,7 +26,7 @@ class CBAM(nn.Module):
 
     Raises:
         UserError: an even `kernel_size`, or an `rd_ratio` that leaves no channel.
-        AssertionError: the input has another number of channels.
+        RuntimeError: the input has another number of channels.
     """
 
     def __init__(
@@ -48,7 +48,6 @@ class CBAM(nn.Module):
         self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_channels(x, self.channels, 'CBAM')
         x = self.channel(x)
         pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)
         return x * F.sigmoid(self.conv(pooled)).to(x.dtype)

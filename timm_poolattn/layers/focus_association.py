@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..utils import UserError
-from .arguments import check_channels, check_rd_ratio
+from .arguments import check_rd_ratio
 from .identity_init import read_scalar_alpha
 
 
@@ -34,7 +34,7 @@ class Focus(nn.Module):
 
     Raises:
         UserError: an `rd_ratio` that leaves no channel.
-        AssertionError: the input has another number of channels.
+        RuntimeError: the input has another number of channels.
     """
 
     def __init__(self, channels: int, *, rd_ratio: float = 1 / 4, device=None, dtype=None) -> None:
@@ -47,7 +47,6 @@ class Focus(nn.Module):
         self.fc2 = nn.Linear(rd_channels, 1, **dd)  # W2, b2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_channels(x, self.channels, 'Focus')
         f = x.mean((2, 3))  # Eq. 6
         return F.sigmoid(self.fc2(F.relu(self.fc1(f))))  # Eq. 5, 7
 
@@ -92,7 +91,8 @@ class FocusAssociation(nn.Module):
 
     Raises:
         UserError: `index` below 1 (block 0 is the benchmark and has no gate), or an `rd_ratio` that leaves no channel.
-        AssertionError: the input has another number of channels, or `ks` another number of earlier k.
+        RuntimeError: the input has another number of channels.
+        AssertionError: `ks` has another number of earlier k.
     """
 
     def __init__(

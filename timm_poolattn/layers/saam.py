@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..utils import UserError
-from .arguments import check_channels, check_rd_ratio
+from .arguments import check_rd_ratio
 
 
 class SAAM(nn.Module):
@@ -33,7 +33,7 @@ class SAAM(nn.Module):
 
     Raises:
         UserError: an even `kernel_size`, `paths` below 1, or an `rd_ratio` that leaves no channel.
-        AssertionError: the input has another number of channels.
+        RuntimeError: the input has another number of channels.
     """
 
     def __init__(
@@ -66,7 +66,6 @@ class SAAM(nn.Module):
 
     def score_map(self, x: torch.Tensor) -> torch.Tensor:
         """Return V of Eq. 7, shape (B, K, H, W): for each sample and path non-negative, with sum 1 over H, W."""
-        check_channels(x, self.channels, 'SAAM')
         u = self.conv(x.mean(1, keepdim=True))  # Eq. 5, 6
         # a score that overflows float16 would turn the softmax into NaN: take the largest finite number instead
         u = torch.nan_to_num(u)

@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..utils import UserError
-from .arguments import check_channels
 
 
 class SGE(nn.Module):
@@ -26,7 +25,7 @@ class SGE(nn.Module):
 
     Raises:
         UserError: `groups` does not divide `channels`.
-        AssertionError: the input has another number of channels.
+        RuntimeError: `groups` does not divide the channels of the input.
     """
 
     def __init__(self, channels: int, *, groups: int = 8, eps: float = 1e-5, device=None, dtype=None) -> None:
@@ -47,7 +46,6 @@ class SGE(nn.Module):
         nn.init.ones_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_channels(x, self.channels, 'SGE')
         groups = x.unflatten(1, (self.groups, -1))  # (B, G, C/G, H, W)
         c = (groups * groups.mean((3, 4), keepdim=True)).sum(2).flatten(2)  # similarity (B, G, H*W)
         c = (c - c.mean(2, keepdim=True)) / (c.std(2, unbiased=False, keepdim=True) + self.eps)

@@ -123,7 +123,7 @@ class SPEM(nn.Module):
         return F.sigmoid(gamma * (f_min + f_max) + beta)  # Eq. 5, 6
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_channels(x, self.channels, 'SPEM')
+        check_channels(x, self.gamma_exc.shape[0], 'SPEM')
         f_max, f_min = max_min_pool(x)  # Eq. 1
         if self.reweight == 'public':
             f_max, f_min = self.gamma_rew * f_max + self.beta_rew, self.gamma_rew * f_min + self.beta_rew

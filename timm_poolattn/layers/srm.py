@@ -41,7 +41,7 @@ class SRM(nn.Module):
         nn.init.zeros_(self.cfc)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_channels(x, self.channels, 'SRM')
+        check_channels(x, self.cfc.shape[0], 'SRM')
         var, mean = torch.var_mean(x, dim=(2, 3), unbiased=False, keepdim=True)
         of_mean, of_std = self.cfc[:, :, None, None].unbind(1)
         z = mean * of_mean + (var + self.eps).sqrt() * of_std
