@@ -45,8 +45,9 @@ def results_of(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[
 def recipe_name(result: dict[str, Any]) -> str:
     """Return the recipe of a run, what its weights started from and what taught it: 'cpu, from resnet20.cifar10'."""
     source = result.get('warm_start', '').split()[:1]
-    teachers = ' and '.join(teachers_of(result))
-    return ', from '.join([result.get('recipe') or 'own recipe', *source]) + (teachers and f', taught by {teachers}')
+    teachers = teachers_of(result)
+    taught = [f'taught by {teachers[0] if len(teachers) == 1 else f"{len(teachers)} models"}'] if teachers else []
+    return ', '.join([', from '.join([result.get('recipe') or 'own recipe', *source]), *taught])
 
 
 def _training(result: dict[str, Any]) -> str:
