@@ -22,7 +22,7 @@ from ..cli.test_cli import fails
 def some_runs():
     """Results of resnet20_saam: two seeds of the paper's recipe, one shorter run, and one of another architecture."""
     ours = next(r for r in load_results() if (r['model'], r['tag']) == ('resnet20_saam', 'cifar10'))
-    long = {**ours, 'recipe': 'saam-cifar10', 'arguments': dict(lr=0.1), 'epochs': 182}
+    long = {**ours, 'recipe': 'saam-cifar10', 'arguments': dict(lr=0.1), 'options': {}, 'epochs': 182}
     runs = [{**long, 'seed': seed, 'test': dict(ours['test'], top1=top1)} for seed, top1 in ((1, 92.5), (2, 92.9))]
     other = {**long, 'arguments': dict(model_kwargs=dict(gate_kwargs=dict(kernel_size=7)))}
     return [ours, *runs, other]
