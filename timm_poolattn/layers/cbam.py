@@ -43,7 +43,6 @@ class CBAM(nn.Module):
         check_rd_ratio(channels, rd_ratio, 'CBAM')
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.channels = channels
         self.channel = ChannelAttn(channels, rd_ratio=rd_ratio, **dd)
         self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False, **dd)
 

@@ -33,7 +33,6 @@ class SGE(nn.Module):
             raise UserError(f'SGE: groups={groups} must divide channels={channels}')
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.channels = channels
         self.groups = groups
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(groups, 1, **dd))

@@ -30,7 +30,6 @@ class SRM(nn.Module):
     def __init__(self, channels: int, *, eps: float = 1e-5, device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.channels = channels
         self.eps = eps
         self.cfc = nn.Parameter(torch.empty(channels, 2, **dd))
         self.bn = nn.BatchNorm2d(channels, **dd)  # as in the authors' code: what freezes or swaps 2d norms finds it
