@@ -398,6 +398,12 @@ def test_a_config_cannot_say_them(name, gate, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_stages_need_no_ks_once_fa_is_removed():
+    model = timm_poolattn.insert(create('resnet20'), 'fa')
+    assert model.stages.has_fa and not timm_poolattn.remove(model).stages.has_fa
+    assert model.stages[2](model.stages[1](model.stages[0](model.forward_stem(X)))).equal(model.forward_features(X))
+
+
 def test_a_skip_threshold_goes_with_the_gates():
     model = timm_poolattn.insert(create('resnet20'), 'fa')
     timm_poolattn.set_skip_threshold(model, 0.9)

@@ -63,7 +63,7 @@ class Wrapper(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, x, shortcut):
+    def forward(self, x, shortcut: torch.Tensor | None = None):
         return self.block(x, shortcut)
 
 
@@ -80,6 +80,34 @@ def test_wrapped_blocks(name):
     else:
         assert torch.equal(model(X), expected) and torch.equal(torch.jit.script(model)(X), expected)
         step(model.train())
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if 'fa' not in name] + ['resnet83_spem', 'vgg19_se'])
+def test_what_takes_one_argument(name):
+    """Stages, and blocks but the first of each, give way to modules that are called with a map alone."""
+    model = timm.create_model(name).eval()
+    expected = model(X)
+    for stage in model.stages:
+        blocks = getattr(stage, 'blocks', ())  # VGG-19's stages are its blocks
+        for i in range(1, len(blocks)):
+            blocks[i] = nn.Sequential(blocks[i], nn.Identity())
+    assert torch.equal(model(X), expected)
+    x = model.forward_stem(X)
+    for i, stage in enumerate(model.stages):
+        x = stage(x)
+        model.stages[i] = nn.Sequential(stage, nn.Identity())
+    assert torch.equal(model.forward_head(x), expected) and torch.equal(model(X), expected)
+    assert torch.equal(model.forward_intermediates(X)[0], x)
+    step(model.train())
+
+
+@pytest.mark.parametrize('name', ['resnet20_fa', 'vgg19_fa'])
+def test_gated_stages_need_their_ks(name):
+    model = timm.create_model(name)
+    with pytest.raises(AssertionError, match=r'FA: a gated .* needs the k of'):
+        x = model.forward_stem(X)
+        for stage in model.stages:
+            x = stage(x)
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -67,8 +67,9 @@ class SAAM(nn.Module):
     def score_map(self, x: torch.Tensor) -> torch.Tensor:
         """Return V of Eq. 7, shape (B, K, H, W): for each sample and path non-negative, with sum 1 over H, W."""
         u = self.conv(x.mean(1, keepdim=True))  # Eq. 5, 6
-        # a score that overflows float16 would turn the softmax into NaN: take the largest finite number instead
-        u = torch.nan_to_num(u)
+        # float16's range: a score that overflows would turn the softmax into NaN. Wider dtypes lose little: scores that
+        # far apart give a softmax of 0 and 1. (OpenVINO converts no torch.nan_to_num, FX traces no torch.finfo.)
+        u = u.clamp(-65504.0, 65504.0)
         return u.flatten(2).softmax(dim=-1).view_as(u)  # Eq. 7
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

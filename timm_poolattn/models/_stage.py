@@ -68,7 +68,8 @@ class Stage(nn.Module):
     With FA, blocks 1 ... n-1 carry a gate (`block.fa`), and so do all stages but the first (`self.fa`).
 
     Args:
-        blocks: modules with forward(x, shortcut), of which the first gets the stage's shortcut, the others x itself.
+        blocks: modules with forward(x, shortcut=None), of which the first gets `shortcut` of x, the others x alone:
+            what replaces one of those may be of one argument.
         shortcut: matches the stage's input to its output in shape.
         fa: gate of the stage.
         reduction: comes before all of this.
@@ -99,12 +100,13 @@ class Stage(nn.Module):
         self.skip_threshold = 0.0
         self.skip_per_sample = True
 
-    def forward(self, x: torch.Tensor, stage_ks: list[torch.Tensor]) -> torch.Tensor:
-        """Return the stage's output. `stage_ks` holds the earlier stages' k; a gated stage appends its own."""
+    def forward(self, x: torch.Tensor, stage_ks: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """Return the stage's output. A gated stage needs `stage_ks`, the earlier stages' k, and appends its own."""
         x = self.reduction(x)
         matched = self.shortcut(x)  # X of the stage
         if self.fa is None:
             return self.run_blocks(x, matched)
+        assert stage_ks is not None, 'FA: a gated stage needs the k of the stages before it'
         k = self.fa(matched, stage_ks[: self.earlier])  # a copy: what checkpoints the gate calls it again, later
         append_k(stage_ks, k, self.earlier)
         if self.skip_threshold > 0 and not self.training:
@@ -124,11 +126,10 @@ class Stage(nn.Module):
                 x = self._run_block_unskipped(i, x, ks[-1])
             else:
                 if self.grad_checkpointing and not torch.jit.is_scripting():
-                    u = checkpoint(block, x, shortcut)
+                    u = checkpoint(block, x) if i else checkpoint(block, x, shortcut)
                 else:
-                    u = block(x, shortcut)
+                    u = block(x) if i else block(x, shortcut)
                 x = fa_weight(x, u, ks[-1]) if gated else u
-            shortcut = x
         return x
 
     @torch.jit.unused  # a scripted model raises here
@@ -138,7 +139,7 @@ class Stage(nn.Module):
 
     @torch.jit.unused
     def _run_block_unskipped(self, i: int, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        run = lambda index: self.blocks[i](x[index], x[index])  # noqa: E731
+        run = lambda index: self.blocks[i](x[index])  # noqa: E731
         return fa_weight_unskipped(x, k, run, self.skip_threshold, self.skip_per_sample)
 
 
@@ -167,10 +168,24 @@ def set_skip_threshold(model: nn.Module, threshold: float, per_sample: bool = Tr
 class Stages(nn.ModuleList):
     """The stages of a network, which can be called, as `nn.Sequential(*list(model.children())[:-1])` does."""
 
+    has_fa: Final[bool]  #: without, a stage is called with x alone, and what replaces one may be of one argument
+
+    def __init__(self, stages: Iterable[nn.Module] | None = None) -> None:
+        super().__init__(stages)
+        self.note_fa()
+
+    @torch.jit.ignore
+    def note_fa(self) -> None:
+        """Note if there are gates: after some were put in or taken out."""
+        self.has_fa = any(isinstance(module, FocusAssociation) for module in self.modules())
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         stage_ks: list[torch.Tensor] = []
         for stage in self:
-            x = stage(x, stage_ks)
+            if self.has_fa:  # noqa: SIM108  a statement, so that TorchScript leaves the other out
+                x = stage(x, stage_ks)
+            else:
+                x = stage(x)
         return x
 
 
@@ -254,7 +269,7 @@ class StagedNet(nn.Module):
             intermediates.append(x)
         stage_ks: list[torch.Tensor] = []
         for i, stage in enumerate(self.stages[: max_index + 1 - first] if stop_early else self.stages, first):
-            x = stage(x, stage_ks)
+            x = stage(x, stage_ks) if self.stages.has_fa else stage(x)
             if i in take_indices:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)

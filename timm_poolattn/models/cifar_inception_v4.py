@@ -58,7 +58,7 @@ def _conv(in_chs: int, out_chs: int, kernel_size, stride: int = 1, padding=None,
 
 
 class InceptionBlock(nn.Module):
-    """One of timm's Inception blocks and a gate behind it. It has no shortcut: `Stage` passes one to any block."""
+    """One of timm's Inception blocks and a gate behind it. It has no shortcut: `Stage` passes one to the first."""
 
     def __init__(self, body: nn.Module, gate: nn.Module | None, fa: FocusAssociation | None) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class InceptionBlock(nn.Module):
         self.gate = gate or nn.Identity()
         self.fa = fa
 
-    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
         return self.gate(self.body(x))
 
 

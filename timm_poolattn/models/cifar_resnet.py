@@ -108,7 +108,8 @@ class BasicBlock(_Block):
         self.act2 = act_layer(inplace=True)
         self.fa = fa
 
-    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        shortcut = x if shortcut is None else shortcut
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
         return self.act2(self.drop_path(self.gate(x)) + shortcut)
@@ -156,7 +157,8 @@ class Bottleneck(_Block):
         self.act3 = act_layer(inplace=True)
         self.fa = fa
 
-    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        shortcut = x if shortcut is None else shortcut
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.bn2(self.conv2(x)))
         x = self.bn3(self.conv3(x))

@@ -58,8 +58,9 @@ class VggBlock(nn.Module):
         self.skip_threshold = 0.0
         self.skip_per_sample = True
 
-    def forward(self, x: torch.Tensor, stage_ks: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, stage_ks: list[torch.Tensor] | None = None) -> torch.Tensor:
         if self.fa is not None:
+            assert stage_ks is not None, 'FA: a gated block needs the k of the blocks before it'
             k = self.fa(x, stage_ks[: self.earlier])  # a copy, as in `Stage`
             append_k(stage_ks, k, self.earlier)
             if self.skip_threshold > 0 and not self.training:

@@ -65,7 +65,8 @@ class GatedResNet(ResNet):
 class FaBottleneck(Bottleneck):
     """timm's, given the shortcut already matched in shape: see `Stage`."""
 
-    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        shortcut = x if shortcut is None else shortcut
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
         x = self.bn3(self.conv3(x))

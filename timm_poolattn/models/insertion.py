@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from ..layers import GATES, FocusAssociation, create_gate
 from ..utils import UserError, look_up
-from ._stage import Stage, StagedNet
+from ._stage import Stage, StagedNet, Stages
 
 #: Images of a pass. With one, a map could not be told from a map without a batch.
 _BATCH_SIZE = 2
@@ -37,14 +37,14 @@ class InsertedGate(nn.Module):
 
 
 class InsertedBlock(nn.Module):
-    """A block with its FA gate; `Stage` passes a shortcut to any block, and this one has its own."""
+    """A block with its FA gate; `Stage` passes a shortcut to the first, and this one has its own."""
 
     def __init__(self, block: nn.Module, fa: FocusAssociation | None) -> None:
         super().__init__()
         self.block = block
         self.fa = fa
 
-    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
         return self.block(x)
 
 
@@ -168,7 +168,7 @@ def remove(model: nn.Module) -> nn.Module:
     for module, name, child in held:
         if name not in ('drop_path', 'fa', *getattr(child, 'places', ())):
             raise UserError(f'{type(module).__name__} wraps an inserted gate; unwrap it first')
-    stages = [m for m in model.modules() if isinstance(m, Stage)]
+    stages = [m for m in model.modules() if isinstance(m, Stage | Stages)]
     stages = [stage for stage in stages if any(isinstance(m, InsertedFA) for m in stage.modules())]
     for module, name, child in held:
         if isinstance(child, InsertedStage):
@@ -434,8 +434,8 @@ def _fill_stages(model: nn.Module, gate_kwargs: dict[str, Any]) -> None:
                     fas.append((gated, _create(InsertedFA, gated, info['num_chs'], i, **gate_kwargs)))
     for gated, fa in fas:
         gated.fa = fa
-    for stage in stages:
-        stage.note_fa()
+    for noted in [*stages, *(net.stages for net in nets)]:
+        noted.note_fa()
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
