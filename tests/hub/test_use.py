@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from urllib.error import URLError
 
 import pytest
 import timm
@@ -25,7 +26,7 @@ from timm_poolattn.utils import UserError
 from .conftest import NAME, TOKEN
 from .test_verification import Evil
 
-BY_NAME = dict(pretrained_cfg_overlay=dict(file='', hf_hub_id=f'org/{NAME}'))  # as in a wheel without the weights
+BY_NAME = dict(pretrained_cfg_overlay=dict(hf_hub_id=f'org/{NAME}'))  # goes before the weights in the package
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_three_ways(hub, zoo, folder):
     for name, kwargs in ((NAME, BY_NAME), (f'hf-hub:org/{NAME}', {}), (f'local-dir:{folder}', {})):
         model = timm.create_model(name, pretrained=True, **kwargs)
         is_it(model, folder)
-        assert model.pretrained_cfg['label_names'][3] == 'cat'
+        assert hub.requests and model.pretrained_cfg['label_names'][3] == 'cat'
     is_it(timm.create_model(f'hf-hub:org/{NAME}@main', pretrained=True), folder)
 
 
@@ -51,6 +52,12 @@ def test_a_folder_comes_before_the_hub(hub, folder):
     assert timm.models.get_pretrained_cfg(NAME).hf_hub_id == f'timm-poolattn/{NAME}'
     is_it(timm.create_model('resnet20_saam', pretrained=True), folder)
     assert not hub.requests
+
+
+@pytest.mark.parametrize('overlay', [dict(hf_hub_id='org/nothing'), dict(hf_hub_id=None, url='http://127.0.0.1:1/x')])
+def test_a_repository_that_is_named_comes_before_the_folder(hub, overlay):
+    with pytest.raises((HubError, URLError)):
+        timm.create_model('resnet20_saam', pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 @pytest.mark.parametrize('name', ['resnet50_saam', 'resnet50_fa'])

@@ -7,8 +7,10 @@ import pytest
 import timm
 import torch
 from timm.models import group_parameters
+from torch import nn
 
 from timm_poolattn.models import FAMILIES, no_weights, save_model
+from timm_poolattn.utils import UserError
 
 NAMES = timm.list_models(module=FAMILIES)
 RESNETS = [name for name in NAMES if name.split('_')[0] in ('resnet20', 'resnet83')]
@@ -43,6 +45,20 @@ def test_saved_model_is_loaded(name, tmp_path):
     assert loaded.pretrained_cfg['input_size'] == (3, 48, 48)
     if name.startswith('inception'):
         assert [info['reduction'] for info in loaded.feature_info] == [4, 8, 16]  # of 96 pixels, to which 48 are padded
+
+
+def test_what_config_json_cannot_say_is_refused(tmp_path):
+    model = timm.create_model('resnet20_saam', num_classes=3, act_layer=nn.SiLU).eval()
+    with pytest.raises(UserError, match="Model argument 'act_layer' is not serializable: create the model with it as"):
+        save_model(model, tmp_path, ['cat', 'dog', 'eel'])
+    assert not list(tmp_path.iterdir())
+    (tmp_path / 'notes.txt').write_text('stays')
+    again = timm.create_model('resnet20_saam', num_classes=3, act_layer='silu').eval()
+    again.load_state_dict(model.state_dict())
+    save_model(again, tmp_path, ['cat', 'dog', 'eel'])
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert loaded(x).equal(model(x)) and (tmp_path / 'notes.txt').exists()
 
 
 def test_no_weights_of_any_model_of_timm():

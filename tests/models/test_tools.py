@@ -92,6 +92,9 @@ def test_what_takes_one_argument(name):
         for i in range(1, len(blocks)):
             blocks[i] = nn.Sequential(blocks[i], nn.Identity())
     assert torch.equal(model(X), expected)
+    if hasattr(model, 'init_weights'):
+        model.init_weights()
+        expected = model(X)
     x = model.forward_stem(X)
     for i, stage in enumerate(model.stages):
         x = stage(x)

@@ -18,6 +18,7 @@ from timm_poolattn.data import View, list_classes, load_images
 from timm_poolattn.inference import evaluate, load_pretrained
 from timm_poolattn.training import finetune, read_run
 from timm_poolattn.training.finetuning import draw_confusion
+from timm_poolattn.utils import UserError
 
 CLASSES = {'bear': (200, 20, 20), 'cat': (20, 200, 20), 'dog': (20, 20, 200), 'emu': (200, 200, 20), 'fox': (9, 9, 9)}
 
@@ -154,6 +155,36 @@ def test_the_saved_model_is_the_runs(train_script, photos, tmp_path, options):
         config = json.loads((result.model_dir / 'config.json').read_text())
         assert config['global_pool'] == 'max' and config['pretrained_cfg']['input_size'] == [1, 32, 32]
         model, options = f'local-dir:{result.model_dir}', []
+
+
+def test_class_map(train_script, photos, tmp_path):
+    """Its order is that of the model, of the table and of the confusion matrix."""
+    names = ['fox', 'dog', 'cat', 'emu', 'bear']
+    (tmp_path / 'map.txt').write_text('\n'.join(names))
+    argv = [
+        '--class-map',
+        str(tmp_path / 'map.txt'),
+        '-b',
+        '4',
+        '--epochs',
+        '1',
+        '--workers',
+        '0',
+        '--output',
+        str(tmp_path),
+    ]
+    result = finetune(photos, [*argv, '--experiment', 'run'], timm_script=train_script)
+    config = json.loads((result.model_dir / 'config.json').read_text())
+    assert result.classes == config['label_names'] == names
+    model = load_pretrained(f'local-dir:{result.model_dir}')
+    data = load_images(photos, 'test', view=View((3, 32, 32)), classes=names)
+    assert evaluate(model, data)['top1'] == pytest.approx(result.top1)
+
+
+@pytest.mark.parametrize('option', ['--num-classes', '--data-dir'])
+def test_what_follows_from_the_images(photos, option):
+    with pytest.raises(UserError, match='the images given say --data-dir and --num-classes; leave them out'):
+        finetune(photos, [option, '7'])
 
 
 def test_a_model_without_weights(train_script, photos, tmp_path):

@@ -149,12 +149,22 @@ def test_no_validation(run):
         (['--train-crop-mode', 'rkrc', '--vflip', 0.5], '--train-crop-mode, --vflip'),
         (['--train-img-sizes', 24, 32], '--train-img-sizes'),
         (['--color-jitter', 0.9, '--scale', 0.5, 1], '--scale, --color-jitter'),
+        (['--color-jitter', 0.4, '--scale', 0.08, 1], '--scale, --color-jitter'),  # train.py's own
         (
             ['--color-jitter-prob', 0.9, '--train-interpolation', 'bilinear'],
             '--color-jitter-prob, --train-interpolation',
         ),
     ],
-    ids=['augmix', 'randaugment', 'split norms', 'crops', 'scheduled resolutions', 'random crops', 'colours'],
+    ids=[
+        'augmix',
+        'randaugment',
+        'split norms',
+        'crops',
+        'scheduled resolutions',
+        'random crops',
+        'defaults',
+        'colours',
+    ],
 )
 def test_falls_back_to_timms_loader(run, caplog, train_script, options, needs):
     if f"'{options[0]}'" not in train_script.read_text():
@@ -234,3 +244,10 @@ class TestRecipe:
     def test_unknown(self, run):
         with pytest.raises(ValueError, match=r"unknown recipe 'x'; choose from .*cpu-short, "):
             run(recipe='x')
+
+
+@pytest.mark.parametrize('resident', [True, False])
+def test_a_misspelt_split_of_torchvision(run, resident):
+    """timm's create_dataset takes the test images for it, to train on too."""
+    with pytest.raises(UserError, match="unknown split 'trian'"):
+        run('--dataset', 'torch/cifar10', '--train-split', 'trian', resident=resident)

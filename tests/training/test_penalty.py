@@ -56,6 +56,17 @@ def test_epoch_metrics():
     assert task.epoch_metrics() == pytest.approx(dict(penalty=9 * 0.5, mean_lambda=0.5))
 
 
+def test_another_gate_has_a_penalty_of_its_own():
+    """A module of a user's that has a `penalty` is none of SPEM's."""
+
+    class Gate(torch.nn.Identity):
+        def penalty(self):
+            return torch.ones(())
+
+    task = PenaltyTask(torch.nn.Sequential(Gate(), SPEM(3), torch.nn.Flatten()), torch.nn.CrossEntropyLoss())
+    assert task.epoch_metrics() == pytest.approx(dict(penalty=0.5, mean_lambda=0.5))
+
+
 def test_it_is_a_training_task():
     """AMP, EMA, checkpoints and compile go through timm's own methods."""
     _, task = both('resnet20_spem')

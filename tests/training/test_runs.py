@@ -83,3 +83,10 @@ def test_what_is_no_run_is_named(tmp_path):
         read_run(tmp_path).build_model()
     with pytest.raises(UserError, match="unknown checkpoint 'first'; choose from last, best"):
         read_run(tmp_path).build_model('first')
+
+
+def test_a_run_of_train_py_alone_sees_images_as_it_did(tmp_path):
+    (tmp_path / 'args.yaml').write_text('model: resnet18\nnum_classes: 10\n')
+    run = read_run(tmp_path)
+    config = run.data_config(run.untrained_model())
+    assert (config['crop_pct'], config['input_size']) == (0.95, (3, 224, 224))

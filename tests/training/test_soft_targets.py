@@ -102,6 +102,7 @@ def test_arguments_say_what_was_done(run, tmp_path, cifar10_few):  # noqa: F811
         ('resnet164_spem.cifar10', [], 'resnet164_spem'),
         ('resnet20.cifar100', [], 'not trained on the classes'),
         ('resnet20.cifar10', ['--mixup', '0.2'], 'mixup'),
+        ('resnet20.cifar10', ['--bce-loss'], 'leave out --bce-loss'),
         ('resnet20.cifar10', ['--aa', 'rand-m9-mstd0.5'], 'resident loader'),
         ('resnet20.cifar10', ['--input-size', '3', '24', '24'], 'leave out --input-size, --crop-pct'),
         ('resnet20.cifar10', ['--crop-pct', '0.875'], 'leave out --input-size, --crop-pct'),

@@ -295,13 +295,11 @@ class CifarResNet(StagedNet):
     def init_weights(self) -> None:
         """Initialise the backbone's convolutions as He et al. (fan out); gates keep their own."""
         # `insert` puts its gates where drop_path was
-        gates = {m for b in self._blocks() for part in (b.gate, b.drop_path) for m in part.modules()}
+        blocks = [m for m in self.modules() if isinstance(m, _Block)]
+        gates = {m for b in blocks for part in (b.gate, b.drop_path) for m in part.modules()}
         for m in self.modules():
             if isinstance(m, nn.Conv2d) and m not in gates:
                 nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
-
-    def _blocks(self) -> list[nn.Module]:
-        return [block for stage in self.stages for block in stage.blocks]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -1,14 +1,16 @@
 """A model as timm, transformers and the Hub read it: a folder of config.json and model.safetensors."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from timm.models import save_for_hf
 from torch import nn
 
-from ..utils import UserError
+from ..utils import UserError, replacing
 from .cifar_inception_v4 import CifarInceptionV4
 from .cifar_resnet import CifarResNet
 from .insertion import has_inserted_gates
@@ -24,7 +26,7 @@ def save_model(
         data_config: what differs from the model's own of `input_size`, `mean`, `std`, `crop_pct`, `interpolation`.
 
     Raises:
-        UserError: the model has gates of `insert`, which no config.json can say.
+        UserError: the model has gates of `insert`, or was created with an argument, that no config.json can say.
     """
     if has_inserted_gates(model):
         raise UserError(
@@ -32,15 +34,23 @@ def save_model(
         )
     # the stem follows the image size of the name's own tag, which a fine-tuned model need not have
     args = dict(stem_stride=model.conv1.stride[0]) if isinstance(model, CifarResNet) else {}
-    save_for_hf(
-        model,
-        folder,
-        model_config=dict(label_names=list(label_names)),
-        model_args=args,
-        data_config=data_config,
-        safe_serialization=True,
-    )
-    _tidy(Path(folder, 'config.json'), takes_any_size=isinstance(model, CifarInceptionV4))
+    with TemporaryDirectory() as temp:  # timm writes the weights before it refuses what config.json cannot say
+        try:
+            save_for_hf(
+                model,
+                temp,
+                model_config=dict(label_names=list(label_names)),
+                model_args=args,
+                data_config=data_config,
+                safe_serialization=True,
+            )
+        except ValueError as e:
+            said = str(e).partition(';')[0]
+            raise UserError(f"{said}: create the model with it as text, as in act_layer='silu'") from e
+        _tidy(Path(temp, 'config.json'), takes_any_size=isinstance(model, CifarInceptionV4))
+        for file in ('model.safetensors', 'config.json'):
+            with replacing(Path(folder, file)) as target:
+                shutil.copyfile(Path(temp, file), target)
 
 
 def _tidy(path: Path, takes_any_size: bool) -> None:

@@ -20,6 +20,8 @@ from ..models import check_model_name
 from ..utils import MissingFileError, UserError, look_up, look_up_device
 from .runs import MODEL_ARGS
 
+#: train.py's of its random crop and colours, whose defaults are in no run of ours: given, they are what is meant.
+CROP_AND_COLOUR = ('scale', 'ratio', 'color_jitter', 'train_interpolation')
 #: Those of timm's create_scheduler_v2; of any other name it makes a constant rate without a word.
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'constant', 'wsd', 'rsqrt')
 #: Of timm's saver.
@@ -67,7 +69,7 @@ class Arguments:
     Attributes:
         args: all of them.
         text: the same for args.yaml.
-        given: those that are not train.py's own defaults, by a recipe or by hand.
+        given: those that are not train.py's own defaults, by a recipe or by hand, and `CROP_AND_COLOUR` wherever given.
         recipe: the name of --config's file, if any.
     """
 
@@ -105,6 +107,10 @@ def parse_arguments(module: ModuleType, argv: Sequence[str], recipe: str | None 
     defaults = vars(module.parser.parse_args([]))
     argv_before, sys.argv = sys.argv, ['train.py', *argv]
     try:
+        module.parser.set_defaults(**dict.fromkeys(CROP_AND_COLOUR))
+        args, _ = module._parse_args()
+        given = {k: getattr(args, k) for k in CROP_AND_COLOUR if getattr(args, k) is not None}
+        module.parser.set_defaults(**{k: defaults[k] for k in CROP_AND_COLOUR})
         args, text = module._parse_args()
         if more := _channel_options(args):
             sys.argv += more
@@ -117,7 +123,7 @@ def parse_arguments(module: ModuleType, argv: Sequence[str], recipe: str | None 
         sys.argv = argv_before
     if not args.model:
         raise UserError('no model: give --model, as in --model resnet20_saam.cifar10, or a --recipe that names one')
-    given = {k: v for k, v in vars(args).items() if v != defaults.get(k)}
+    given |= {k: v for k, v in vars(args).items() if v != defaults.get(k)}
     return Arguments(args, text, given, Path(config).stem if config else None)
 
 

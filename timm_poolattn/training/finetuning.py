@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..data import ImageData, ResidentDataset, ResidentLoader, list_classes
-from ..utils import replacing
+from ..utils import UserError, replacing
 from .runner import train
 from .runs import read_run
 
@@ -62,19 +62,24 @@ def finetune(data_dir: str | Path, argv: Sequence[str] = (), **options) -> Finet
         **options: of `train`.
 
     Raises:
-        As `train`.
+        As `train`, and UserError: `argv` has what follows from the images.
     """
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('--train-split', default='train')
-    classes = list_classes(data_dir, parser.parse_known_args(list(argv))[0].train_split)
+    parser.add_argument('--data-dir')
+    parser.add_argument('--num-classes')
+    args = parser.parse_known_args(list(argv))[0]
+    if args.data_dir or args.num_classes:
+        raise UserError('finetune: the images given say --data-dir and --num-classes; leave them out')
+    classes = list_classes(data_dir, args.train_split)
     argv = [*argv, '--num-classes', str(len(classes)), '--data-dir', str(data_dir)]
     run = read_run(train(argv, **{'recipe': 'finetune', **options}))
     model = run.build_model('best')
     with replacing(run.folder / 'model') as temp:
         run.save_model(model, temp)
     confusion = confusion_matrix(model, run.load_data(model), run.data_config(model))
-    figure = draw_confusion(confusion, classes, run.folder / 'confusion.png')
-    return Finetuned(run.folder / 'model', classes, confusion, run.read_checkpoint('best')['epoch'], figure)
+    figure = draw_confusion(confusion, run.classes, run.folder / 'confusion.png')
+    return Finetuned(run.folder / 'model', run.classes, confusion, run.read_checkpoint('best')['epoch'], figure)
 
 
 @torch.inference_mode()

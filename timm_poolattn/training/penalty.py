@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 class PenaltyMixin:
     """L = L_m + eta * sum over gates of (p0^2 + p1^2), SPEM Eq. 8; L_m is the loss of the task it is mixed into.
 
-    A penalty is added for every module of the trained model that has a `penalty()`; a model without any trains
-    exactly as with timm's task.
+    A penalty is added for every SPEM gate of the trained model, scripted ones too: modules that have its `penalty()`
+    and `pool_lambda()`. A model without any trains exactly as with timm's task.
 
     Args:
         *args: As in the task.
@@ -25,7 +25,9 @@ class PenaltyMixin:
         super().__init__(*args, **kwargs)
         self.penalty_weight = penalty_weight
         # a list, so that they stay the model's; a distillation's teacher lies outside of the trainable module
-        self.gates = [m for m in self.get_trainable_module().modules() if hasattr(m, 'penalty')]
+        self.gates = [
+            m for m in self.get_trainable_module().modules() if hasattr(m, 'penalty') and hasattr(m, 'pool_lambda')
+        ]
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> TrainingTask:
         # train.py names its device always, and DDP refuses any name on a CPU

@@ -23,9 +23,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..data import BatchErasing, ImageFiles, ResidentDataset, ResidentLoader, View, list_classes, load_images
+from ..data.listing import EVAL_SPLITS, TRAIN_SPLITS
 from ..models import check_model_name
-from ..utils import UserError
-from .arguments import check_arguments, parse_arguments, read_pretrained_cfg
+from ..utils import UserError, look_up
+from .arguments import CROP_AND_COLOUR, check_arguments, parse_arguments, read_pretrained_cfg
 from .penalty import PenaltyMixin, with_penalty
 from .records import Record, new_folder, own_folder
 from .recovery import Guard, check_checkpoint, newest_checkpoint
@@ -41,8 +42,8 @@ _NEED_TIMM_LOADER = (
     *('vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob'),
     *('train_img_sizes', 'train_batch_sizes', 'train_batches_per_epoch'),
 )
-#: Those of its random crop and colours, which have values in every run: they need it where they are given.
-_NEED_TIMM_LOADER_IF_GIVEN = ('scale', 'ratio', 'color_jitter', 'train_interpolation')
+#: Data sets of torchvision of which timm takes the test images for any split that it does not know.
+_TORCHVISION = tuple(f'torch/{name}' for name in ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist'))
 #: Arguments that say where something lies on one machine, not what was trained.
 _PLACES = ('data', 'data_dir', 'output', 'experiment', 'resume', 'initial_checkpoint', 'device', 'workers', 'pin_mem')
 
@@ -316,6 +317,8 @@ def _create_dataset(
     """
     try:
         if name:
+            if name.lower() in _TORCHVISION:
+                look_up('split', split, (*TRAIN_SPLITS, *EVAL_SPLITS), f'of {name}')
             given = dict(split=split, class_map=class_map, is_training=is_training)
             dataset = create_dataset(name, root=root, **given, **kwargs)
             index = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
@@ -343,7 +346,7 @@ def _create_dataset(
 def _can_be_resident(args: argparse.Namespace, given: dict[str, Any]) -> bool:
     options = [o for o in _NEED_TIMM_LOADER if getattr(args, o, None)]
     if not args.no_aug:
-        options += [o for o in _NEED_TIMM_LOADER_IF_GIVEN if given.get(o)]  # --color-jitter 0 needs no loader
+        options += [o for o in CROP_AND_COLOUR if given.get(o)]  # --color-jitter 0 needs no loader
     need = [f'--{o.replace("_", "-")}' for o in options]
     if args.dataset not in ('', 'torch/cifar10', 'torch/cifar100'):
         need.append(f'--dataset {args.dataset}')
@@ -359,6 +362,8 @@ def _check_teachers(args: argparse.Namespace, teachers: Sequence[str], resident:
         raise UserError("--teacher: its targets need the resident loader; leave out what wants timm's own")
     if args.mixup or args.cutmix or args.cutmix_minmax:
         raise UserError('--teacher: mixup and cutmix mix classes, not its targets; leave out one or the other')
+    if args.bce_loss:  # which train.py has for smoothed or mixed classes alone
+        raise UserError('--teacher: its targets are of cross-entropy; leave out --bce-loss')
 
 
 def _view(args: argparse.Namespace, training: bool) -> View:

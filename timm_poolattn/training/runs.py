@@ -136,7 +136,8 @@ class Run:
             config = resolve_data_config(self.args, model=model)
         except (AssertionError, TypeError) as e:
             raise UserError(f'{self.folder / "args.yaml"}: cannot be of the images ({type(e).__name__}: {e})') from e
-        if self.record.get('options', {}).get('resident', True):  # whose loader has its own ways
+        # a run of train.py alone has no record, an older one of ours no options; the resident loader has its own ways
+        if self.record and self.record.get('options', {}).get('resident', True):
             config.update(crop_pct=self.args.get('crop_pct') or 1.0)
         return {k: config[k] for k in _DATA_CONFIG}
 
