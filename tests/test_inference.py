@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from timm_poolattn.inference import calibration_error, model_input, view_of
+from timm_poolattn.inference import calibration_error, class_names, evaluate, load_data, model_input, predict, view_of
 from timm_poolattn.utils import UserError
 
 
@@ -57,3 +57,18 @@ def test_calibration_error_extremes():
     half = torch.arange(10) % 2 == 0
     assert calibration_error(torch.full((10,), 0.5), half) == 0  # right as often as it says
     assert calibration_error(torch.full((10,), 0.9), half) == pytest.approx(40, rel=1e-6)
+
+
+@pytest.mark.parametrize('classes', [2, 12])
+def test_a_new_head_has_other_classes(image_folder, classes):
+    """Its config still names those of the weights."""
+    model = timm.create_model('resnet20_saam', pretrained=True, num_classes=classes).eval()
+    assert class_names(model) == [str(i) for i in range(classes)]
+    (row,) = predict(model, [next((image_folder / 'test' / 'cat').iterdir())], topk=classes)
+    assert {p['label'] for p in row['predictions']} == set(class_names(model))
+    data = load_data(model, image_folder, 'test')
+    if classes == 2:  # the data's, in order
+        assert evaluate(model, data)['images'] == 8
+    else:
+        with pytest.raises(UserError, match='does not name its 12 classes, and the data have 2: which of them are'):
+            evaluate(model, data)

@@ -153,8 +153,13 @@ def load_data(
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """Return the names of a model's classes, or their numbers where its config has none."""
-    return list(model.pretrained_cfg.get('label_names') or map(str, range(model.num_classes)))
+    """Return the names of a model's classes, or their numbers where its config has none, or those of another head."""
+    return _label_names(model) or list(map(str, range(model.num_classes)))
+
+
+def _label_names(model: nn.Module) -> list[str] | None:
+    cfg = model.pretrained_cfg
+    return list(cfg.get('label_names') or []) if cfg.get('num_classes') == model.num_classes else None
 
 
 @torch.inference_mode()
@@ -209,8 +214,13 @@ def evaluation_loader(
     Raises:
         UserError: data that were read for a model of another size, or classes that the model does not know.
     """
-    labels = list(model.pretrained_cfg.get('label_names') or data.classes)
-    unknown = [name for name in data.classes if name not in labels[: model.num_classes]]
+    labels = _label_names(model) or data.classes
+    if len(labels) != model.num_classes:
+        raise UserError(
+            f'the config of the model does not name its {model.num_classes} classes, and the data have {len(labels)}:'
+            f' which of them are these? Set model.pretrained_cfg to one with label_names and num_classes'
+        )
+    unknown = [name for name in data.classes if name not in labels]
     if unknown:
         raise UserError(f'the model was not trained on the classes {", ".join(unknown[:5])}; it knows {len(labels)}')
     index = torch.tensor([labels.index(name) for name in data.classes])  # the data may hold a few of the classes only

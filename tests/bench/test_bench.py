@@ -2,6 +2,7 @@
 
 import json
 import math
+import tarfile
 
 import pytest
 import timm
@@ -64,10 +65,13 @@ class TestBackbones:
         assert len(convs[1]) > 10 and [c for c in convs[0] if c in convs[1]] == convs[1]
 
 
-def test_loader(image_folder):
+def test_loader(image_folder, tmp_path):
     rows = bench_loader(image_folder, batch_size=4, workers=0, seconds=0.1)
     assert [row['loader'] for row in rows] == ['resident', 'timm, 0 workers']
     assert rows[0]['ratio'] == 1 and all(row['images_per_s'] > 0 for row in rows)
+    with tarfile.open(tmp_path / 'data.tar', 'w') as tar:
+        tar.add(image_folder, 'data')
+    assert len(bench_loader(tmp_path / 'data.tar', batch_size=4, workers=0, seconds=0.1)) == 2
     with pytest.raises(MissingFileError, match='no checkout of cifar10-airbench'):
         bench_loader(image_folder, airbench=image_folder, workers=0)
 
@@ -171,3 +175,9 @@ def test_mistakes(measure, message):
 def test_spem_authors(tmp_path):
     with pytest.raises(MissingFileError, match=r'a checkout of github\.com/Qrange-group/SPEM'):
         bench_models(['resnet164_spem'], spem_authors=tmp_path)
+
+
+def test_spem_authors_run_beside_their_model(tmp_path, monkeypatch):
+    monkeypatch.setattr('timm_poolattn.bench.models._spem_authors', lambda path: torch.nn.Identity())
+    with pytest.raises(UserError, match=r'runs beside --model resnet164_spem, and not beside resnet20\.cifar10'):
+        bench_models(['resnet20.cifar10'], spem_authors=tmp_path)

@@ -84,6 +84,10 @@ class TestList:
         rows = json.loads(run('list', '--trained', '--json').stdout)
         assert {f'{row["model"]}.{tag}' for row in rows for tag in row['weights']} == set(released())
 
+    def test_a_tag(self):
+        (row,) = json.loads(run('list', 'resnet20_saam.cifar10', '--json').stdout)
+        assert row['model'] == 'resnet20_saam'
+
     def test_marks_downloads(self, monkeypatch):
         weights, top1 = dict(cifar10='packaged', cifar100='download'), dict(cifar10=91.0, cifar100=64.5)
         row = dict(model='a', family='b', gate=None, parameters=1, multiply_adds=2, top1=top1, weights=weights)
@@ -133,6 +137,8 @@ class TestPredict:
         assert 'unknown model' in fails('predict', 'a.png', '--model', 'resnet20_saam.cifar1000')
         assert 'resnet326_srm has no weights yet' in fails('predict', 'a.png', '--model', 'resnet326_srm')
         assert 'no image given' in fails('predict')
+        (row,) = json.loads(run('predict', 'nowhere.png', '--model', trained, '--json', code=2).stdout)
+        assert 'no such file' in row['error']
         assert 'no-such-folder' in fails('predict', 'a.png', '--model', 'local-dir:no-such-folder')
 
     def test_no_traceback_in_a_real_process(self):
@@ -162,6 +168,9 @@ class TestValidate:
 
     def test_mistakes(self, trained, image_folder):
         assert 'no split' in fails('validate', '--model', trained, '--data-dir', image_folder, '--split', 'x')
+        hold_out = ['validate', '--model', trained, '--hold-out', '--data-dir']
+        assert 'only of a folder of classes' in fails(*hold_out, image_folder)
+        assert 'only of a folder of classes' in fails(*hold_out, image_folder / 'test', '--split', 'train')
         (image_folder / 'test' / 'dog').rename(image_folder / 'test' / 'horse')
         assert 'not trained on the classes horse' in fails('validate', '--model', trained, '--data-dir', image_folder)
 

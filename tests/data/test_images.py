@@ -292,3 +292,10 @@ class TestCache:
             results = list(pool.map(lambda _: load_images(image_folder, 'train'), range(8)))
         assert all(r.images.equal(results[0].images) for r in results)
         assert len(cache_files()) == 1
+
+
+def test_a_root_that_is_no_utf8(image_folder):
+    root = image_folder.parent / os.fsdecode(b'caf\xe9')
+    image_folder.rename(root)
+    for _ in range(2):  # the second time from the cache
+        assert len(load_images(root, 'test', view=View((3, 8, 8)))) == 8

@@ -1,12 +1,15 @@
 import csv
+import io
 import json
 import re
 import shutil
+from collections import Counter
 
 import pytest
 import timm
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from timm_poolattn.report.plots import (
@@ -89,6 +92,12 @@ class TestCurves:
         figure = curves_figure({name: find_curve(run_dir)[3:] for name in 'ab'})
         lines = figure.axes[0].get_lines()
         assert {line.get_marker() for line in lines} == {'o', 's'} and {line.get_mfc() for line in lines} == {'none'}
+        figure.savefig(svg := io.StringIO(), format='svg')
+        marks = Counter(re.findall(r'<use [^>]*stroke: (#\w+)', svg.getvalue()))
+        lines = Counter(to_hex(line.get_color()) for ax in figure.axes for line in ax.get_lines())
+        assert len(lines) == 2 and all(
+            marks[colour] == count + 1 for colour, count in lines.items()
+        )  # and the legend's
 
     def test_mistakes(self, run_dir, tmp_path):
         out = tmp_path / 'curves.png'

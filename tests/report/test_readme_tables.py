@@ -13,7 +13,6 @@ from timm_poolattn.report.readme_tables import (
     models_table,
     readme_tables,
     results_csv,
-    speed_table,
     with_tables,
 )
 from timm_poolattn.report.results import load_results, read_results
@@ -42,7 +41,6 @@ def test_benchmarks_are_those_of_the_json():
         assert result['date'] in table and result['torch'] in table
         for row in result['rows']:
             assert f'| {row["gate" if "gate" in row else "model"]} |' in table
-    assert len(speed_table().splitlines()) <= 2 + 10
 
 
 def test_csv_has_a_line_for_each_run():

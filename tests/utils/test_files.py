@@ -127,3 +127,10 @@ def test_a_file_replaces_no_folder(tmp_path):
     with pytest.raises(UserError, match='is a folder'):
         write_text(tmp_path / 'a', 'text')
     assert (tmp_path / 'a' / 'b').is_dir() and [p.name for p in tmp_path.iterdir()] == ['a']
+
+
+def test_a_pipe_stays_one(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(UserError, match='pipe: is a device or a pipe; name a file'):
+        write_text(tmp_path / 'pipe', 'text')
+    assert (tmp_path / 'pipe').is_fifo() and len(list(tmp_path.iterdir())) == 1

@@ -9,10 +9,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from timm.data import create_dataset, create_loader
+from timm.data import create_loader
 from torch.utils.benchmark import timer
 
-from ..data import ImageData, ResidentDataset, ResidentLoader, load_images
+from ..data import ImageData, ImageFiles, ResidentDataset, ResidentLoader, load_images
 from ..papers import DATASETS
 from ..utils import MissingFileError, progress
 from .timer import median_ratio
@@ -52,10 +52,15 @@ def bench_loader(
     size = (data.images.shape[3], *data.images.shape[1:3])
     facts = dict(mean=DATASETS['cifar10']['mean'][: size[0]], std=DATASETS['cifar10']['std'][: size[0]])
     ours = ResidentLoader(ResidentDataset(data), size, batch_size, is_training=True, device=device, **facts)
-    # timm's own names of splits are the folders'
-    files = create_dataset('', root=str(data_dir), split=split, is_training=True)
     timms = create_loader(
-        files, size, batch_size, is_training=True, color_jitter=None, num_workers=workers, device=device, **facts
+        ImageFiles(data_dir, split, size[0]),
+        size,
+        batch_size,
+        is_training=True,
+        color_jitter=None,
+        num_workers=workers,
+        device=device,
+        **facts,
     )
     loaders = {'resident': ours, f'timm, {workers} workers': timms}
     if airbench:

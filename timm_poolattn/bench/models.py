@@ -13,7 +13,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn import functional as F
 
-from ..utils import MissingFileError, look_up, progress
+from ..utils import MissingFileError, UserError, look_up, progress
 from .backbones import plain_args
 from .machine import LAYOUTS, describe_machine
 from .memory import peak_bytes
@@ -78,6 +78,8 @@ def bench_models(
     layouts = [look_up('layout', layout, LAYOUTS) for layout in layouts]
     dtypes = [look_up('dtype', dtype, DTYPES) for dtype in dtypes]
     authors = _spem_authors(spem_authors).to(device) if spem_authors else None
+    if spem_authors and 'resnet164_spem' not in names:
+        raise UserError(f'--spem-authors: runs beside --model resnet164_spem, and not beside {", ".join(names)}')
     rows = []
     bar = progress(total=len(names) * len(layouts) * len(dtypes), desc='measuring')
     for name in names:

@@ -63,7 +63,7 @@ def predict(images, name: str, topk: int, demo: bool, as_json: bool) -> None:
 
     results = predict(load_pretrained(name), images, topk, skip_broken=True)
     errors = [result['error'] for result in results if 'error' in result]
-    if len(errors) == len(results) == 1:
+    if len(errors) == len(results) == 1 and not as_json:
         raise UserError(errors[0])
     if as_json:
         echo_json(results)
@@ -92,8 +92,11 @@ def validate(name, data_dir, dataset, split, hold_out, batch_size, device, as_js
 
     Of a folder with the classes right in it, every image counts, unless --hold-out is given.
     """
+    from ..data.listing import TRAIN_SPLITS, list_split
     from ..inference import evaluate, load_data, load_pretrained
 
+    if hold_out and (dataset or split in TRAIN_SPLITS or (of := list_split(data_dir, split)).base != of.source.root):
+        raise UserError(f'--hold-out: {dataset or data_dir}, {split}: only of a folder of classes is a fifth held out')
     model = load_pretrained(name)
     data = load_data(model, data_dir, split, name=dataset, hold_out=hold_out)
     result = dict(model=name, **evaluate(model, data, batch_size=batch_size, device=device))
@@ -143,7 +146,8 @@ def explain(images, name: str, compare, out) -> None:
     from ..explain.figures import explain
 
     written = explain(images, name, out, compare)
-    click.echo(f'{len(written)} figure{"s" * (len(written) > 1)} in {out}: {", ".join(path.name for path in written)}')
+    names = ', '.join(click.format_filename(path.name) for path in written)
+    click.echo(f'{len(written)} figure{"s" * (len(written) > 1)} in {click.format_filename(out)}: {names}')
 
 
 COMMANDS = (list_, predict, validate, export, explain)

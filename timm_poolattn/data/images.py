@@ -177,8 +177,10 @@ def _load_torchvision(name: str, root: Path, split: str, download: bool) -> Imag
 
 
 def _load_cached(root: Path, split: str, view: View | None, hold_out: bool, listing: Listing) -> ImageData:
-    key = hashlib.sha256(f'{root.resolve()}\n{split}\n{hold_out}\n{view}'.encode()).hexdigest()[:16]
-    path = cache_dir() / f'{root.resolve().stem[:40]}-{split}-{key}.safetensors'
+    place = os.fsencode(root.resolve())  # a name need not be UTF-8
+    key = hashlib.sha256(place + f'\n{split}\n{hold_out}\n{view}'.encode()).hexdigest()[:16]
+    stem = root.resolve().stem[:40].encode(errors='replace').decode()
+    path = cache_dir() / f'{stem}-{split}-{key}.safetensors'
     fingerprint = listing.fingerprint()
     data = _read_cache(path, fingerprint, view)
     if data is None:

@@ -544,7 +544,7 @@ def _weights(figure: SubFigure, trace: Trace) -> None:
 
 
 def _channels(figure: SubFigure, trace: Trace, grey: np.ndarray) -> None:
-    """Return the channels that the stages' last blocks raised and lowered most; for SPEM with their extremes."""
+    """Draw the channels that the stages' last blocks raised and lowered most; for SPEM with their extremes."""
     last = {block_label(n).split('.')[0]: (block_label(n), t) for n, t in trace.items()}
     shown = list(last.values())[-3:]
     has_extremes = any('argmax' in t for _, t in shown)

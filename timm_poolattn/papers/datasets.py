@@ -28,7 +28,6 @@ DATASETS: dict[str, dict[str, Any]] = {
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
         train_images=50_000,
-        test_images=10_000,
     ),
     'cifar100': dict(
         title='CIFAR-100',
@@ -40,7 +39,6 @@ DATASETS: dict[str, dict[str, Any]] = {
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
         train_images=50_000,
-        test_images=10_000,
     ),
     'tiny_imagenet': dict(
         title='Tiny ImageNet',
@@ -50,6 +48,5 @@ DATASETS: dict[str, dict[str, Any]] = {
         mean=(0.4802, 0.4481, 0.3975),
         std=(0.2770, 0.2691, 0.2821),
         train_images=100_000,
-        test_images=10_000,
     ),
 }

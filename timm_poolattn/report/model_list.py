@@ -15,7 +15,7 @@ def list_models(filter: str = '*', *, trained: bool = False) -> list[dict[str, A
     """Return our models, by family and in order of name.
 
     Args:
-        filter: a name or a pattern as in timm.list_models.
+        filter: a name, with the tag of its weights or without, or a pattern as in timm.list_models.
         trained: list those with weights alone.
 
     Returns:
@@ -25,7 +25,7 @@ def list_models(filter: str = '*', *, trained: bool = False) -> list[dict[str, A
     results, folders = released_results(), released()
     rows = []
     for name, counts in packaged_counts().items():
-        if not name.isidentifier() or not fnmatchcase(name, filter or '*'):  # the papers' rows have more in their keys
+        if not name.isidentifier():  # the papers' rows have more in their keys
             continue
         of_tag = {r['tag']: (release, r) for release, r in results.items() if r['model'] == name}
         top1 = {tag: r['test']['top1'] for tag, (_, r) in of_tag.items()}
@@ -33,6 +33,7 @@ def list_models(filter: str = '*', *, trained: bool = False) -> list[dict[str, A
             tag: 'packaged' if (folders[release] / 'model.safetensors').is_file() else 'download'
             for tag, (release, _) in of_tag.items()
         }
-        if top1 or not trained:
+        matches = any(fnmatchcase(n, filter or '*') for n in (name, *(f'{name}.{tag}' for tag in top1)))
+        if matches and (top1 or not trained):
             rows.append(dict(model=name, **counts, top1=top1, weights=weights))
     return rows

@@ -51,7 +51,8 @@ def read_benchmark(path: str | Path) -> dict[str, float]:
     try:
         rows = json.loads(Path(path).read_text(encoding='utf-8'))['rows']
         rows = [row for row in rows if (row['mode'], row['dtype']) == ('eager', 'float32')]
-        return {row['model']: row['inference_images_per_s'] for row in reversed(rows)}  # of layouts the first
+        # of layouts the first
+        return {row['model'].partition('.')[0]: row['inference_images_per_s'] for row in reversed(rows)}
     except FileNotFoundError:
         raise MissingFileError(f'{path}: no such file; `poolattn bench models --json` prints one') from None
     except OSError as e:
@@ -143,13 +144,14 @@ def _number(value: float | None, sign: str = '') -> str:
 
 
 def summary_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return how many rows of which paper were run, and how far from the paper the longest training of each is."""
+    """Return how many rows of which paper were run, and how far from it the released weights or the longest run is."""
     groups = defaultdict(list)
     for row in rows:
         groups[row['paper'], row['dataset']].append(row)
     lines = ["| paper | data | rows | run | ours less the paper's top-1 |", '|---|---|---|---|---|']
     for (paper, data), of_group in groups.items():
-        runs = [row['measured'][0] for row in of_group if row['measured']]
+        # the longest comes first; max takes the first of equals
+        runs = [max(row['measured'], key=lambda run: run['is_released']) for row in of_group if row['measured']]
         differences = [run['difference'] for run in runs if run['difference'] is not None]
         span = ' to '.join(f'{d:+.2f}' for d in sorted({min(differences), max(differences)})) if differences else ''
         lines.append(f'| {paper} | {data} | {len(of_group)} | {len(runs)} | {span} |')

@@ -71,16 +71,6 @@ _MODEL_RATIOS = {
 }
 
 
-def speed_table(rows: int = 10) -> str:
-    """Return the gated models of the benchmark for the README, at most so many rows."""
-    measured = [r for result in benchmark_files('models') for r in result['rows'] if 'training_to_plain' in r]
-    ours = [r for r in measured if r['training_to_plain'] != 1 and r['model'] != 'SPEM authors']
-    ours.sort(key=lambda r: (r['model'], r['mode'] != 'compiled', r['dtype'], r['layout']))
-    keys = ('inference_to_plain', 'training_to_plain', 'peak_to_plain')
-    cells = ([f'`{r["model"]}`', r['mode'], r['dtype'], r['layout'], *_ratios(r, keys, 2)] for r in ours[:rows])
-    return _table(['model', 'mode', 'dtype', 'layout', 'inference', 'training', 'memory'], cells)
-
-
 def benchmark_tables() -> str:
     """Return the benchmarks of networks and gates."""
     tables = []
@@ -129,7 +119,7 @@ def insertions_table() -> str:
 def readme_tables() -> dict[str, str]:
     """Write the generated tables, by the name that `with_tables` finds their marks by."""
     papers = summary_table(report_rows(load_results()))
-    tables = dict(models=models_table(), papers=papers, speed=speed_table(), benchmarks=benchmark_tables())
+    tables = dict(models=models_table(), papers=papers, benchmarks=benchmark_tables())
     return dict(tables, insertions=insertions_table())
 
 

@@ -37,9 +37,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         path: a file or a folder. A symbolic link keeps being one: what it points to is replaced.
 
     Raises:
-        UserError: the disk is full, the place cannot be written to, or a file would replace a folder.
+        UserError: the disk is full, the place cannot be written to, or a file would replace a folder or a device.
     """
     path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):  # as /dev/null
+        raise UserError(f'{path}: is a device or a pipe; name a file')
     with _refusals(path, errno.ENOENT):  # as /proc says that it takes no files
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
