@@ -158,8 +158,8 @@ def class_names(model: nn.Module) -> list[str]:
 
 
 def _label_names(model: nn.Module) -> list[str] | None:
-    cfg = model.pretrained_cfg
-    return list(cfg.get('label_names') or []) if cfg.get('num_classes') == model.num_classes else None
+    names = list(model.pretrained_cfg.get('label_names') or [])
+    return names if len(names) == model.num_classes else None
 
 
 @torch.inference_mode()
@@ -218,7 +218,7 @@ def evaluation_loader(
     if len(labels) != model.num_classes:
         raise UserError(
             f'the config of the model does not name its {model.num_classes} classes, and the data have {len(labels)}:'
-            f' which of them are these? Set model.pretrained_cfg to one with label_names and num_classes'
+            f' which of them are these? Give model.pretrained_cfg a label_names of all'
         )
     unknown = [name for name in data.classes if name not in labels]
     if unknown:

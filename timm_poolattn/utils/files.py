@@ -40,7 +40,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         UserError: the disk is full, the place cannot be written to, or a file would replace a folder or a device.
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and not (path.is_file() or path.is_dir()):  # as /dev/null
+    if os.path.exists(path) and not (path.is_file() or path.is_dir()):  # as /dev/null
         raise UserError(f'{path}: is a device or a pipe; name a file')
     with _refusals(path, errno.ENOENT):  # as /proc says that it takes no files
         path.parent.mkdir(parents=True, exist_ok=True)
