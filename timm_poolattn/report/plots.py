@@ -116,9 +116,9 @@ def curves_figure(runs: dict[str, list[dict[str, float]]]) -> Figure:
             for field, style in fields:
                 points = [(row['epoch'], row[field]) for row in curve if field in row]
                 points = [(x, 100 - y if field == 'eval_top1' else y) for x, y in points]
+                (line,) = ax.plot([x for x, _ in points], [y for _, y in points], style, **look)
                 if len(points) == 1:  # of which matplotlib would leave out the mark
-                    look = {**look, 'markevery': None}
-                ax.plot([x for x, _ in points], [y for _, y in points], style, **look)
+                    line.set_markevery(None)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel('epoch')
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
