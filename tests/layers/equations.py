@@ -40,7 +40,7 @@ def spem(x, p, gamma_e, beta_e, gamma_r, beta_r, reweight='sum', fixed_lambda=No
                     'none': lambda: torch.tensor(1.0, dtype=x.dtype),
                     'public': lambda: sigmoid(f_max + f_min),
                 }[reweight]()
-            out[b, c] = x[b, c] * (v_rew * v_exc)  # Eq. 7
+            out[b, c] = x[b, c] * (v_rew * v_exc)  # Eq. 7 is the product of the two v
     return out
 
 

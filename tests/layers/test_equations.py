@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from timm_poolattn.layers import CBAM, REWEIGHT_FORMS, SAAM, SGE, SPEM, SRM, Association, Focus, fa_weight
+from timm_poolattn.layers import (
+    CBAM,
+    REWEIGHT_FORMS,
+    SAAM,
+    SGE,
+    SPEM,
+    SRM,
+    Association,
+    Focus,
+    FocusAssociation,
+    fa_weight,
+)
 
 from . import equations
 
@@ -83,6 +94,30 @@ def test_association(index):
         lambda s: equations.association(s, m.fc1.weight, m.fc1.bias, m.fc2.weight, m.fc2.bias),
         torch.rand(3, index),
     )
+
+
+@pytest.mark.parametrize('index', [2, 3])
+def test_focus_association(index):
+    """Eq. 2. The gradient reaches the earlier k too."""
+
+    class Gate(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fa = FocusAssociation(8, index, dtype=torch.double)
+
+        def forward(self, x, *ks):
+            return self.fa(x, list(ks))
+
+    m = randomise(Gate())
+    focus, association = m.fa.focus, m.fa.association
+
+    def reference(x, *ks):
+        k = equations.focus(x, *focus.fc1.parameters(), *focus.fc2.parameters())
+        return equations.association(
+            torch.cat([*ks, k], 1), *association.fc1.parameters(), *association.fc2.parameters()
+        )
+
+    assert_same(m, reference, torch.randn(3, 8, 5, 4), *(torch.rand(3, 1) for _ in range(index - 1)))
 
 
 def test_fa_weight():

@@ -31,6 +31,30 @@ def test_gradient_is_finite(name, size):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in gate.parameters())
 
 
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('name', [*GATES, 'fa'])
+def test_edges(name, dtype, training):
+    """Constant and zero maps, which padded convolutions never give; one image, none, one position; in both layouts."""
+    own = torch.float64 if dtype == torch.float64 else torch.float32
+    gate = FocusAssociation(16, 1, dtype=own) if name == 'fa' else create_gate(name, 16, dtype=own)
+    gate.train(training)
+    constant = torch.randn(3, 16, 1, 1).expand(-1, -1, 5, 4)
+    inputs = [constant, torch.zeros(3, 16, 5, 4), torch.randn(3, 16, 1, 1), torch.randn(0, 16, 5, 4)]
+    if name != 'srm' or not training:  # its batch norm has one value for a channel then
+        inputs.append(torch.randn(1, 16, 5, 4))
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for x in inputs:
+            x = x.to(dtype).clone(memory_format=memory_format).requires_grad_()
+            gate.zero_grad()
+            with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+                y = fa_weight(x, 2 * x, gate(x, [])) if name == 'fa' else gate(x)
+            assert y.shape == x.shape and y.isfinite().all()
+            y.square().sum().backward()
+            assert x.grad.isfinite().all()
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in gate.parameters())
+
+
 @pytest.mark.parametrize('name', GATES)
 def test_channels_last(name):
     gate = create_gate(name, 16).eval()
@@ -100,8 +124,9 @@ def test_as_attn_layer_of_timm(attn_layer):
     plain = timm.create_model('resnet18')
     model = timm.create_model('resnet18', block_args=dict(attn_layer=attn_layer))
     gates = [m for m in model.modules() if isinstance(m, attn_layer)]
-    assert len(gates) == 8 and [g.channels for g in gates] == [64, 64, 128, 128, 256, 256, 512, 512]
-    added = sum(4 * g.channels + 2 if attn_layer is SPEM else g.channels**2 // 2 + 25 for g in gates)
+    widths = [64, 64, 128, 128, 256, 256, 512, 512]
+    assert len(gates) == 8
+    added = sum(4 * c + 2 if attn_layer is SPEM else c**2 // 2 + 25 for c in widths)
     count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
     assert count(model) == count(plain) + added
     model(torch.randn(2, 3, 64, 64)).sum().backward()

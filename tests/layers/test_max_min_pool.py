@@ -1,5 +1,9 @@
 """The gathered form of max and min pooling against amax and amin, in every mode of autodiff."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -95,9 +99,12 @@ def test_compiled_it_gathers_where_channels_come_last(layout, gathers):
     assert ('extreme_positions' in graphs[0].code) == gathers
 
 
-def test_operator():
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_operator(layout, dtype):
     for shape in ((2, 3, 4, 5), (1, 1, 1, 1), (0, 3, 4, 5)):
-        torch.library.opcheck(torch.ops.timm_poolattn.extreme_positions, (torch.randn(shape),))
+        x = LAYOUTS[layout](torch.randn(shape, dtype=dtype))
+        torch.library.opcheck(torch.ops.timm_poolattn.extreme_positions, (x,))
 
 
 def test_empty_batch_and_nan(fused):
@@ -134,6 +141,13 @@ def test_switch():
     assert not use_fused_pool()
     set_fused_pool()
     assert use_fused_pool()
+
+
+def test_switch_in_the_environment():
+    code = 'from timm_poolattn.layers import use_fused_pool; print(use_fused_pool())'
+    for value, expected in (('0', 'False'), ('1', 'True')):
+        env = {**os.environ, 'TIMM_POOLATTN_FUSED_POOL': value}
+        assert subprocess.check_output([sys.executable, '-c', code], env=env, text=True).strip() == expected
 
 
 def test_what_is_captured_holds_no_operator_of_ours():

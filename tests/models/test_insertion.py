@@ -104,7 +104,7 @@ def test_runs_end_where_the_shape_changes():
     expected = model(X)
     timm_poolattn.insert(model, 'fa')
     assert [type(m) for m in model[1:]] == [InsertedStage, nn.Identity, InsertedStage, nn.Identity]
-    assert [m.channels for m in model.modules() if isinstance(m, Focus)] == [64, 128]
+    assert [m.fc1.in_features for m in model.modules() if isinstance(m, Focus)] == [64, 128]
     assert model(X).equal(expected) and list(timm_poolattn.remove(model)[1:]) == blocks
 
 
@@ -159,7 +159,7 @@ def test_without_identity_init_and_with_arguments():
     timm_poolattn.insert(model, 'spem', identity_init=False, fixed_lambda=0.3)
     assert not torch.allclose(model(X), before, rtol=1e-2, atol=1e-2)
     gates = [m.gate for m in model.modules() if isinstance(m, InsertedGate)]
-    assert [g.channels for g in gates] == [64, 64, 128, 128, 256, 256, 512, 512]
+    assert [len(g.gamma_exc) for g in gates] == [64, 64, 128, 128, 256, 256, 512, 512]
     assert all(g.fixed_lambda == 0.3 for g in gates)
 
 

@@ -180,6 +180,7 @@ def test_subclassed_and_patched_gates(name, training):
     x = X if training else X[:2]
     for patch in (True, False):
         model, calls = timm.create_model(name).train(training), []
+        before = model(x)
         for gate in gates(model):
             cls = type(gate)
 
@@ -191,8 +192,8 @@ def test_subclassed_and_patched_gates(name, training):
                 gate.forward = forward
             else:
                 gate.__class__ = type(f'Zero{cls.__name__}', (cls,), {'forward': lambda self, *a, f=forward: f(*a)})
-        model(x)
-        assert len(calls) == len(gates(model))
+        after = model(x)
+        assert len(calls) == len(gates(model)) and not torch.allclose(after, before)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -378,8 +379,7 @@ def test_fx_quantisation(name):
         prepared = quantize_fx.prepare_fx(copy.deepcopy(model), quantization.get_default_qconfig_mapping('x86'), (X,))
         prepared(X)
         quantised = quantize_fx.convert_fx(prepared)
-    kinds = [type(m).__module__ for m in quantised.modules()]
-    assert sum('quantized' in kind for kind in kinds) >= len(convs(model))
+    assert not [m for m in quantised.modules() if type(m) in (nn.Conv2d, nn.Linear)]
     with torch.no_grad():
         error = (quantised(X) - model(X)).norm() / model(X).norm()
     assert error < 0.3
@@ -409,7 +409,7 @@ def test_int8_accuracy(name, cifar10_mini):
     assert len(target) == 1000 and top1[0] > 88 and top1[1] > top1[0] - 2
 
 
-@pytest.mark.parametrize('name', ['resnet20', 'resnet20_saam', 'resnet20_fa', 'resnet20_cbam'])
+@pytest.mark.parametrize('name', ['resnet20', 'resnet20_saam', 'resnet20_spem', 'resnet20_fa', 'resnet20_cbam'])
 def test_eager_quantisation_aware_training(name):
     """Every convolution and linear layer, the score convolution too, is observed and trained."""
     model = timm.create_model(name).train()

@@ -1,5 +1,5 @@
 import torch
-from timm.layers.trace_utils import _assert  # private: asserts under FX and TorchScript too, as in timm's layers
+from timm.layers import _assert  # private: asserts under FX too, as in timm's layers and models
 
 from ..utils import UserError
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import torch
 from timm.layers import make_divisible
-from timm.layers.trace_utils import _assert  # private: see arguments.py
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,7 +40,6 @@ class Focus(nn.Module):
         check_rd_ratio(channels, rd_ratio, 'Focus')
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.channels = channels
         rd_channels = make_divisible(channels * rd_ratio, 1, round_limit=0.0)
         self.fc1 = nn.Linear(channels, rd_channels, **dd)  # W1, b1
         self.fc2 = nn.Linear(rd_channels, 1, **dd)  # W2, b2
@@ -66,7 +64,7 @@ class Association(nn.Module):
     def __init__(self, index: int, *, expand_ratio: int = 4, device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        # the paper prints R^{r2 x i}, its parameter counts need the hidden width r2 * i
+        # the paper prints R^{r2 x i} and no biases; its parameter counts need the hidden width r2 * i, and b1 to b4
         self.fc1 = nn.Linear(index, expand_ratio * index, **dd)  # W3, b3
         self.fc2 = nn.Linear(expand_ratio * index, 1, **dd)  # W4, b4
 
@@ -123,7 +121,7 @@ class FocusAssociation(nn.Module):
             nn.init.zeros_(self.alpha)
 
     def forward(self, x: torch.Tensor, ks: list[torch.Tensor]) -> torch.Tensor:
-        _assert(len(ks) == self.index - 1, 'FocusAssociation: block i takes the i - 1 earlier k of its stage')
+        assert len(ks) == self.index - 1, 'FocusAssociation: block i takes the i - 1 earlier k of its stage'
         k = self.focus(x)
         if self.association is not None:
             k = self.association(torch.cat(ks + [k], dim=1))
@@ -156,6 +154,9 @@ def fa_weight_unskipped(
         run: U_i of the samples that it is given the indices of.
         threshold: in [0, 1].
         per_sample: run the samples above the threshold alone; else all of them or none.
+
+    Raises:
+        UserError: while tracing, which would keep what ran for one input.
     """
     if torch.jit.is_tracing():
         raise UserError('a trace cannot skip: it would keep what ran for one input; set_skip_threshold(model, 0) first')

@@ -1,6 +1,6 @@
-"""Global max and min pooling, Eq. 1 of the SPEM paper, in one form for training and one for all else.
+"""Global max and min pooling, Eq. 1 of the SPEM paper: one form where gradients are recorded, one for all else.
 
-Autograd's formula for amax compares the whole map with its maximum and counts the ties, in several passes. In training
+Autograd's formula for amax compares the whole map with its maximum and counts the ties, in several passes. For it
 the positions of the extremes are found first, by an operator that has no gradient, and the values are gathered there:
 the gradient goes to those positions alone, by torch's own formulas in every mode of autodiff. Compiled, where channels
 do not come last, the passes of amax's formula fuse and the operator is the slower one, so amax and amin stay.
@@ -20,12 +20,12 @@ _use_fused = os.environ.get('TIMM_POOLATTN_FUSED_POOL', '1') != '0'
 
 
 def use_fused_pool() -> bool:
-    """Return True if training gathers the extremes; see `set_fused_pool`."""
+    """Return True if the extremes are gathered where gradients are recorded; see `set_fused_pool`."""
     return _use_fused
 
 
 def set_fused_pool(enable: bool = True) -> None:
-    """Let training gather the extremes (the start value), or use amax and amin as all else does.
+    """Gather the extremes where gradients are recorded (the start value), or use amax and amin as all else does.
 
     In the manner of timm's `set_fused_attn`. TIMM_POOLATTN_FUSED_POOL=0 in the environment starts with False.
     """
@@ -46,7 +46,7 @@ def max_min_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _gathers(x: torch.Tensor) -> bool:
-    """Return True in training, but compiled only where channels come last.
+    """Return True where gradients are recorded, but compiled only where channels come last.
 
     A graph that leaves this process keeps to torch's own operators, amax and amin, and so does what is no plain tensor:
     an fx.Proxy, a DTensor.

@@ -16,6 +16,8 @@ from .arguments import check_rd_ratio
 class SAAM(nn.Module):
     """Channel attention whose pooling weights positions by a learned score map, Eq. 4-10.
 
+    Scores beyond 65,504 on either side count as that, which Eq. 7 does not have: see `score_map`.
+
     Shape: (B, C, H, W) -> (B, C, H, W), any B and any H, W >= 1.
 
     Args:
@@ -32,7 +34,7 @@ class SAAM(nn.Module):
     Parameters are 2 C^2 rd_ratio + K kernel_size^2: no layer has a bias.
 
     Raises:
-        UserError: an even `kernel_size`, `paths` below 1, or an `rd_ratio` that leaves no channel.
+        UserError: an even `kernel_size`, `paths` or `rd_channels` below 1, or an `rd_ratio` that leaves no channel.
         RuntimeError: the input has another number of channels.
     """
 
@@ -59,7 +61,6 @@ class SAAM(nn.Module):
             raise UserError(f'SAAM: rd_channels={rd_channels} must be at least 1')
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.channels = channels
         self.conv = nn.Conv2d(1, paths, kernel_size, padding=kernel_size // 2, bias=False, **dd)
         self.fc1 = nn.Linear(channels, rd_channels, bias=False, **dd)
         self.fc2 = nn.Linear(rd_channels, channels, bias=False, **dd)

@@ -63,7 +63,6 @@ class SPEM(nn.Module):
         look_up('reweight', reweight, REWEIGHT_FORMS)
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.channels = channels
         self.fixed_lambda = fixed_lambda
         self.reweight = reweight
         self.register_parameter('p', nn.Parameter(torch.empty(2, **dd)) if fixed_lambda is None else None)
@@ -87,7 +86,7 @@ class SPEM(nn.Module):
             nn.init.constant_(self.beta_rew, -1.0)
 
     def extra_repr(self) -> str:
-        return f'{self.channels}, fixed_lambda={self.fixed_lambda}, reweight={self.reweight!r}'
+        return f'{self.gamma_exc.shape[0]}, fixed_lambda={self.fixed_lambda}, reweight={self.reweight!r}'
 
     @torch.jit.ignore
     def penalty(self) -> torch.Tensor:
@@ -131,5 +130,5 @@ class SPEM(nn.Module):
         u = lambda_ * f_max + (1 - lambda_) * f_min  # Eq. 2
         v = F.sigmoid(self.gamma_exc * u + self.beta_exc)  # v_exc, Eq. 4
         if self.reweight != 'none':
-            v = v * self._v_rew(f_max, f_min)
-        return x * v.to(x.dtype)[:, :, None, None]  # Eq. 7
+            v = v * self._v_rew(f_max, f_min)  # Eq. 7
+        return x * v.to(x.dtype)[:, :, None, None]

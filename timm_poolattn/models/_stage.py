@@ -5,7 +5,6 @@ from typing import Any, Final
 
 import torch
 from timm.layers import ClassifierHead, get_device_dtype
-from timm.layers.trace_utils import _assert  # private: see layers/arguments.py
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices  # private: nothing public reads `indices`
 from torch import nn
@@ -59,7 +58,7 @@ def append_k(stage_ks: list[torch.Tensor], k: torch.Tensor, earlier: int) -> Non
     if len(stage_ks) == earlier:
         stage_ks.append(k)
     else:
-        _assert(stage_ks[earlier].requires_grad == k.requires_grad, 'FA: checkpoint stages with use_reentrant=False')
+        assert stage_ks[earlier].requires_grad == k.requires_grad, 'FA: checkpoint stages with use_reentrant=False'
 
 
 class Stage(nn.Module):

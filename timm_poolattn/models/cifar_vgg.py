@@ -146,8 +146,7 @@ class CifarVgg(StagedNet):
                 nn.init.zeros_(m.bias)
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
-        no_ks: list[torch.Tensor] = []
-        return self.stem(x, no_ks)
+        return self.stem(x)
 
 
 def create_cifar_vgg(variant: str, pretrained: bool = False, **kwargs) -> CifarVgg:

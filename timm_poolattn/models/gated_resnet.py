@@ -17,7 +17,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from ..layers import GATES, FocusAssociation, create_gate
-from ..utils import UserError
+from ..utils import UserError, look_up
 from ._registry import register_models
 from ._stage import Stage, set_skip_threshold, split_gate
 
@@ -88,6 +88,7 @@ class FaResNet(GatedResNet):
     gates = ('fa', 'fase')
 
     def __init__(self, layers: tuple[int, ...], gate: str = 'fa', identity_init: bool = False, **kwargs) -> None:
+        look_up('gate', str(gate), self.gates, 'for FaResNet')
         super().__init__(layers, gate, identity_init=identity_init, **kwargs)
         fa = partial(FocusAssociation, identity_init=identity_init, **get_device_dtype(self))
         for s, info in enumerate(self.feature_info[1:]):
