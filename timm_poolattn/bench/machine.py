@@ -16,9 +16,8 @@ LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channel
 
 def describe_machine(device: torch.device | str) -> dict[str, Any]:
     """Describe the machine, its threads, the versions and the date, for the head of a result."""
-    bfloat16 = [
-        name for name, has in getattr(torch.cpu, 'get_capabilities', dict)().items() if has and name.endswith('bf16')
-    ]
+    capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
+    bfloat16 = [name for name, has in capabilities.items() if has and name.endswith('bf16')]
     cpu = ', '.join([platform.machine(), *bfloat16])
     on_cuda = torch.device(device).type == 'cuda'
     return dict(
