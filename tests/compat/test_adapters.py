@@ -42,6 +42,18 @@ def test_cpu_offload(name, tmp_path):
     assert accelerate.disk_offload(model, tmp_path / 'offload', execution_device='cpu')(X).equal(expected)
 
 
+@pytest.mark.parametrize('name', ['resnet20', 'resnet20_fa', 'vgg19_fa', 'resnet50_fa'])
+def test_a_device_map(name, tmp_path):
+    """As device_map='auto' makes it: part in memory, part on the disk."""
+    model = timm.create_model(name).eval()
+    expected = model(X)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    device_map = accelerate.infer_auto_device_map(model, max_memory={'cpu': int(0.7 * size), 'disk': 10**12})
+    assert {*device_map.values()} == {'cpu', 'disk'}
+    options = dict(offload_dir=tmp_path, main_device='cpu', force_hooks=True)
+    assert accelerate.dispatch_model(model, device_map, **options)(X).equal(expected)
+
+
 @pytest.mark.parametrize('gate', ['saam', 'fa'])
 def test_what_is_offloaded_takes_no_gates(gate):
     model = accelerate.cpu_offload(timm.create_model('resnet18').eval(), execution_device='cpu')

@@ -165,6 +165,10 @@ def test_penalty_and_lambda():
         gate.p.zero_()  # as pruning does
     gate.pool_lambda().backward()
     assert gate.pool_lambda().item() == 0.5 and gate.p.grad.tolist() == [0, 0]
+    for p in ([1e-4, 2e-4], [100.0, 200.0]):  # squared, float16 does not hold either
+        gate = SPEM(8, dtype=torch.float16)
+        gate.p.data = torch.tensor(p, dtype=torch.float16)
+        assert gate.pool_lambda().item() == pytest.approx(0.2, rel=0.01)
     fixed = SPEM(8, fixed_lambda=0.3)
     assert fixed.penalty().item() == 0 and fixed.pool_lambda().item() == pytest.approx(0.3)
 

@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -284,6 +284,33 @@ def test_sharding_by_block(name, process_group):
     sharded = scope['shard'](copy.deepcopy(model), mesh=init_device_mesh('cpu', (1,)))
     sharded(x).square().sum().backward()
     torch.testing.assert_close({n: p.grad.full_tensor() for n, p in sharded.named_parameters()}, expected)
+
+
+@pytest.mark.parametrize('name', ['resnet20', 'resnet20_fa'])
+def test_sharding_by_stage_in_bfloat16(name, process_group):
+    """FSDP2 casts what a stage is called with, and rebuilds the lists in it."""
+    model = timm.create_model(name, depth=8 if name == 'resnet20' else 14).eval()
+    expected = model(X)
+    options = dict(mesh=init_device_mesh('cpu', (1,)), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    for name, buffer in [*model.named_buffers()]:
+        if buffer.is_floating_point():
+            model.get_submodule(name.rpartition('.')[0]).register_buffer(name.rpartition('.')[2], buffer.bfloat16())
+    for module in (*model.stages, model):
+        fully_shard(module, **options)
+    output = model(X)
+    output.float().square().sum().backward()
+    torch.testing.assert_close(output.float(), expected, rtol=0.1, atol=0.1)
+    assert all(p.grad.full_tensor().isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', ['resnet20_saam', 'resnet50_fa'])
+def test_a_hook_that_drops_the_shortcut_is_refused(name):
+    """A block that took its input in place of the projection would give wrong values."""
+    model = timm.create_model(name)
+    (block,) = [b for b in (model.stages[0] if '20' in name else model.layer1).blocks if b.needs_shortcut]
+    block.register_forward_pre_hook(lambda module, args: args[:1])
+    with pytest.raises(AssertionError, match='takes the shortcut too'):
+        model(X)
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -167,6 +167,20 @@ def test_three_compiled_steps_are_finite(name, backend, layout, dtype):
         train_three_steps(model, images.to(own).to(memory_format=LAYOUTS[layout]), DTYPES[dtype], compiled)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('name', [name for name in GATES if name != 'saam4'])
+def test_inductor_with_dynamic_sides(name, layout):
+    """Images of any size by one compiled step, which aot_eager never lowers."""
+    gate = create_gate(name, 16).to(memory_format=LAYOUTS[layout])
+    torch._dynamo.reset()
+    compiled = torch.compile(gate, dynamic=True, fullgraph=True)
+    for side in (12, 9):
+        x = torch.randn(4, 16, side, side + 1).to(memory_format=LAYOUTS[layout]).requires_grad_()
+        (gradient,) = torch.autograd.grad(compiled(x).square().sum(), x)
+        torch.testing.assert_close(gradient, torch.autograd.grad(gate(x).square().sum(), x)[0], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize('name', _COMPILED_GATES)
 def test_compiled_gradients_are_the_eager_ones(name):
     model = network(name, torch.float64)

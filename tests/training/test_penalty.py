@@ -6,6 +6,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
+from torch.nn.utils import prune
 
 from timm_poolattn.layers import SPEM
 from timm_poolattn.training import PenaltyTask
@@ -128,6 +129,18 @@ def test_the_decoupled_step_is_sgds():
     for gate in task.gates:
         torch.testing.assert_close(gate.p.data, torch.full((2,), 0.5 * (1 - 0.01 * 2 * 0.1)))
     assert sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_a_pruned_p_keeps_its_penalty():
+    """It is made from what the optimizer trains, so there is nothing to take the penalty's step by itself."""
+    _, task = both('resnet20_spem')
+    for gate in task.gates:
+        prune.l1_unstructured(gate, 'p', 1)
+    optimizer = create_optimizer_v2(task.trainable_module, 'adamw', lr=0.01)
+    task.decouple(optimizer)
+    assert not task.decoupled
+    task(INPUT, TARGET)['penalty'].backward()
+    assert all(gate.p_orig.grad.abs().sum() == 2 * 0.5 for gate in task.gates)
 
 
 @pytest.mark.parametrize('opt', ['momentum', 'adamw', 'lookahead_momentum', 'lookahead_adamw'])

@@ -48,5 +48,5 @@ class CBAM(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.channel(x)
-        pooled = torch.stack([x.mean(1), x.amax(1)], dim=3).permute(0, 3, 1, 2)  # channels last: see SAAM.score_map
+        pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)
         return x * F.sigmoid(self.conv(pooled)).to(x.dtype)

@@ -121,7 +121,7 @@ class FocusAssociation(nn.Module):
             nn.init.zeros_(self.alpha)
 
     def forward(self, x: torch.Tensor, ks: list[torch.Tensor]) -> torch.Tensor:
-        assert len(ks) == self.index - 1, 'FocusAssociation: block i takes the i - 1 earlier k of its stage'
+        assert len(ks) == self.index - 1, 'FA: block i takes the i - 1 earlier k; wrappers hand on their list itself'
         k = self.focus(x)
         if self.association is not None:
             k = self.association(torch.cat(ks + [k], dim=1))

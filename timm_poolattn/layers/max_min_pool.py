@@ -69,10 +69,11 @@ def _gathered(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def extreme_positions(x: torch.Tensor) -> torch.Tensor:
     """Find the positions in H*W of the largest and smallest value of each map: x (B, C, H, W) -> int64, (B, C, 2)."""
     b, c, h, w = x.shape
-    if not x.is_cpu or (x.stride(1) != 1 and x.dtype == torch.float32):
+    if not x.is_cpu or (x.stride(1) != 1 and x.dtype in (torch.float32, torch.float64)):
         flat = x.flatten(2)
         return torch.stack([flat.argmax(2), flat.argmin(2)], dim=2)
-    # on CPU argmax has no vector instructions, and max pooling has them where channels come last
+    # on CPU argmax has no vector instructions, and max pooling has them where channels come last; contiguous maps of
+    # float32 and float64 cost more to rearrange than that saves
     x = x.contiguous(memory_format=torch.channels_last)
     found = [F.max_pool2d(y, (h, w), return_indices=True)[1] for y in (x, -x)]
     return torch.stack(found, dim=4).view(b, c, 2)

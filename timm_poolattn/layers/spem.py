@@ -97,7 +97,7 @@ class SPEM(nn.Module):
         """Return lambda of Eq. 3, a scalar: the weight of max pooling, in [0, 1]. Where both p are 0 it is 1/2."""
         if self.p is None:
             return self.beta_exc.new_full((), self.fixed_lambda)
-        p2 = self.p.square()
+        p2 = self.p.to(torch.promote_types(self.p.dtype, torch.float32)).square()  # float16 holds 6e-8 to 65504
         p2 = torch.where(p2.sum() != 0, p2, torch.ones_like(p2))
         return (p2 / p2.sum())[0]
 

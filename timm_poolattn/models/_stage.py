@@ -50,6 +50,37 @@ def small_gates(
     )
 
 
+class StageKs:
+    """The k of the stages so far, which each gated stage appends to. A list, but one that tools do not copy.
+
+    FSDP2 and accelerate rebuild the lists among a module's arguments; accelerate moves what has `to` by that.
+    """
+
+    def __init__(self) -> None:
+        self.ks: list[torch.Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self.ks)
+
+    def __getitem__(self, index: int | slice) -> torch.Tensor | list[torch.Tensor]:
+        return self.ks[index]
+
+    def append(self, k: torch.Tensor) -> None:
+        self.ks.append(k)
+
+    def to(self, *args, **kwargs) -> 'StageKs':
+        self.ks = [k.to(*args, **kwargs) for k in self.ks]
+        return self
+
+
+def no_ks() -> list[torch.Tensor]:
+    """Start a forward pass's k of stages; to TorchScript a list is all that it is."""
+    ks: list[torch.Tensor] = []
+    if not torch.jit.is_scripting():
+        ks = StageKs()
+    return ks
+
+
 def append_k(stage_ks: list[torch.Tensor], k: torch.Tensor, earlier: int) -> None:
     """Append a stage's k to its `earlier` ones, once: a checkpoint of the stage calls it again, with the list complete.
 
@@ -87,6 +118,8 @@ class Stage(nn.Module):
         self.reduction = reduction or nn.Identity()
         self.shortcut = shortcut or nn.Identity()
         self.blocks = nn.ModuleList(blocks)
+        if shortcut is not None and blocks:
+            blocks[0].needs_shortcut = True
         self.fa = fa
         self.grad_checkpointing = False
         self.note_fa()
@@ -152,10 +185,12 @@ def set_skip_threshold(model: nn.Module, threshold: float, per_sample: bool = Tr
             False: only where the whole batch is below it.
 
     Raises:
-        UserError: a threshold outside [0, 1], or a model without FA.
+        UserError: a threshold outside [0, 1], or a model without FA, scripted or traced.
     """
     if not 0 <= threshold <= 1:
         raise UserError(f'threshold={threshold} must lie in [0, 1]')
+    if isinstance(model, torch.jit.ScriptModule | torch.fx.GraphModule):
+        raise UserError('a scripted or traced model cannot skip: its code is fixed')
     if not any(isinstance(module, FocusAssociation) for module in model.modules()):
         raise UserError('nothing to skip: the model has no FA gates; *_fa and *_fase models have')
     for module in model.modules():
@@ -179,7 +214,7 @@ class Stages(nn.ModuleList):
         self.has_fa = any(isinstance(module, FocusAssociation) for module in self.modules())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        stage_ks: list[torch.Tensor] = []
+        stage_ks = no_ks()
         for stage in self:
             if self.has_fa:  # noqa: SIM108  a statement, so that TorchScript leaves the other out
                 x = stage(x, stage_ks)
@@ -266,7 +301,7 @@ class StagedNet(nn.Module):
         x = self.forward_stem(x)
         if first and 0 in take_indices:
             intermediates.append(x)
-        stage_ks: list[torch.Tensor] = []
+        stage_ks = no_ks()
         for i, stage in enumerate(self.stages[: max_index + 1 - first] if stop_early else self.stages, first):
             x = stage(x, stage_ks) if self.stages.has_fa else stage(x)
             if i in take_indices:

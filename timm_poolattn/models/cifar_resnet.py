@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from timm.layers import (
@@ -58,6 +58,8 @@ _UNDECAYED_GATES = ('se', 'se2', 'cbam', 'saam', 'saam2', 'saam4')
 
 
 class _Block(nn.Module):
+    needs_shortcut: Final[bool] = False  #: set by a `Stage` where the input itself is no shortcut
+
     def reparameterize(self) -> None:
         """Fold the BNs into the convs before them, for inference: `timm.utils.reparameterize_model` calls it.
 
@@ -109,7 +111,9 @@ class BasicBlock(_Block):
         self.fa = fa
 
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
-        shortcut = x if shortcut is None else shortcut
+        if shortcut is None:
+            assert not self.needs_shortcut, 'the first block of a stage takes the shortcut too: forward(x, shortcut)'
+            shortcut = x
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
         return self.act2(self.drop_path(self.gate(x)) + shortcut)
@@ -158,7 +162,9 @@ class Bottleneck(_Block):
         self.fa = fa
 
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
-        shortcut = x if shortcut is None else shortcut
+        if shortcut is None:
+            assert not self.needs_shortcut, 'the first block of a stage takes the shortcut too: forward(x, shortcut)'
+            shortcut = x
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.bn2(self.conv2(x)))
         x = self.bn3(self.conv3(x))

@@ -6,7 +6,7 @@ the papers have it.
 
 import re
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -19,7 +19,7 @@ from torch import nn
 from ..layers import GATES, FocusAssociation, create_gate
 from ..utils import UserError, look_up
 from ._registry import register_models
-from ._stage import Stage, set_skip_threshold, split_gate
+from ._stage import Stage, no_ks, set_skip_threshold, split_gate
 
 __all__ = ['FaResNet', 'GatedResNet']
 
@@ -65,8 +65,12 @@ class GatedResNet(ResNet):
 class FaBottleneck(Bottleneck):
     """timm's, given the shortcut already matched in shape: see `Stage`."""
 
+    needs_shortcut: Final[bool] = False  #: set by a `Stage` where the input itself is no shortcut
+
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
-        shortcut = x if shortcut is None else shortcut
+        if shortcut is None:
+            assert not self.needs_shortcut, 'the first block of a stage takes the shortcut too: forward(x, shortcut)'
+            shortcut = x
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
         x = self.bn3(self.conv3(x))
@@ -129,7 +133,7 @@ class FaResNet(GatedResNet):
         x = self.act1(self.bn1(self.conv1(x)))
         intermediates = [x] if 0 in take_indices else []
         x = self.maxpool(x)
-        stage_ks: list[torch.Tensor] = []
+        stage_ks = no_ks()
         for i in range(1, max_index + 1 if stop_early else 5):
             x = getattr(self, f'layer{i}')(x, stage_ks)
             if i in take_indices:
@@ -146,7 +150,7 @@ class FaResNet(GatedResNet):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
-        stage_ks: list[torch.Tensor] = []
+        stage_ks = no_ks()
         x = self.layer1(x, stage_ks)
         x = self.layer2(x, stage_ks)
         x = self.layer3(x, stage_ks)

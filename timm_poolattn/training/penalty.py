@@ -42,8 +42,9 @@ class PenaltyMixin:
         of SGD; AdamW treats its weight decay in the same way (https://arxiv.org/abs/1711.05101). p has a group of its
         own, without weight decay.
         """
-        own = {gate.p for gate in self.gates if getattr(gate, 'p', None) is not None}
-        if not own:
+        own = {gate.p for gate in self.gates if getattr(gate, 'p', None) is not None and gate.p.requires_grad}
+        # a pruned or parametrised p is made from what the optimizer trains: then the penalty stays in the loss
+        if not own or not own <= {p for group in optimizer.param_groups for p in group['params']}:
             return
         self.decoupled = True
         for group in list(optimizer.param_groups):
