@@ -95,6 +95,16 @@ def test_release_folder(run_dir, tmp_path, cifar10_few):
     assert str(tmp_path) not in text
 
 
+def test_an_installed_package_keeps_its_weights(run_dir, tmp_path, monkeypatch):
+    run_dir, _ = run_dir
+    (tmp_path / 'site' / 'hub_configs').mkdir(parents=True)
+    (tmp_path / 'site' / '__init__.py').touch()
+    monkeypatch.setattr('timm_poolattn.hub.releases.hub_configs_dir', lambda: tmp_path / 'site' / 'hub_configs')
+    with pytest.raises(UserError, match=r'no checkout here, .*: --out names a folder'):
+        release(run_dir, 'cifar10')
+    assert not [*(tmp_path / 'site' / 'hub_configs').iterdir()]
+
+
 def test_what_gets_no_gradient_is_said(run_dir, tmp_path, caplog):
     run_dir, _ = run_dir
     trained = load_file(released()['resnet20_saam.cifar10'] / 'model.safetensors')

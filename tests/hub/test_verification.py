@@ -177,6 +177,16 @@ class TestHostileFolder:
         assert fails(other, 'hashes').startswith('model.safetensors is ')
 
 
+def test_a_folder_with_the_name_of_a_release(other, folder, monkeypatch):
+    monkeypatch.chdir(other.parent)
+    with pytest.raises(UserError, match=f'{NAME} is a release of the package and a folder here'):
+        verify(NAME)
+    change_weights(other, lambda weights: weights['head.fc.bias'].fill_(torch.nan))
+    assert not verify(f'local-dir:{NAME}')[-1].ok and not verify(f'./{NAME}')[-1].ok
+    monkeypatch.chdir(folder.parent)
+    assert verify(NAME)[-1].ok
+
+
 class TestHostileRepository:
     def files(self, folder):
         return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
@@ -199,6 +209,16 @@ class TestHostileRepository:
         hub.add('org/x', {**self.files(folder), 'pytorch_model.bin': b'evil'})
         (check,) = verify('hf-hub:org/x')
         assert not check.ok and check.detail.startswith('pytorch_model.bin: weights other than model.safetensors')
+        assert not any('resolve' in path for _, path in hub.requests)
+
+    @pytest.mark.parametrize('size', [2**30 + 1, '1'])
+    def test_a_size_that_no_release_has(self, hub, folder, size):
+        hub.add('org/x', self.files(folder))
+        entry = {'type': 'file', 'oid': 'x', 'size': size}
+        body = json.dumps([{**entry, 'path': file} for file in self.files(folder)])
+        hub.fault('GET', 'tree', 200, times=99, body=body)
+        (check,) = verify('hf-hub:org/x')
+        assert not check.ok and 'over 1,073,741,824 bytes, and not fetched' in check.detail
         assert not any('resolve' in path for _, path in hub.requests)
 
     @pytest.mark.parametrize('body', ['', '[]', 'null', '{}', '"x"', '[1]', '[{"type": "file"}]', '<html>'])

@@ -270,6 +270,20 @@ def test_what_does_not_fit_is_refused_and_unchanged(model, gate, why, training):
     assert_same_state(model, before)
 
 
+def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
+    model = timm.create_model('resnet18')
+    before = state_of(model)
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.testing, 'assert_close', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        timm_poolattn.insert(model, 'fa')
+    monkeypatch.undo()
+    assert_same_state(model, before)
+
+
 def checkpointed(model):
     apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, BasicBlock | InsertedGate | InsertedStage))
     return model

@@ -129,6 +129,15 @@ def test_models_that_are_here():
     assert {model['name'] for model in demo.packaged_models()} == here
 
 
+def test_only_uploads_are_opened(tmp_path):
+    """Gradio compares a path with its uploads only where the data say that they are a file."""
+    (function,) = demo.build_page({}).fns.values()
+    (tmp_path / 'cat.png').write_bytes(CAT.read_bytes())
+    for photo in ({'path': str(CAT)}, {'path': str(tmp_path / 'cat.png')}, {'path': '/etc/hostname'}, {'path': ''}, {}):
+        ((text, _),) = function.fn(photo, ['x'])
+        assert 'Drop a photo first.' in text
+
+
 def test_mistakes(monkeypatch):
     monkeypatch.setenv('GRADIO_SERVER_PORT', '70000')
     with pytest.raises(UserError, match='GRADIO_SERVER_PORT=70000: a port is a number from 1 to 65535'):

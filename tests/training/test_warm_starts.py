@@ -5,6 +5,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from timm_poolattn.training import warm_start
+from timm_poolattn.training.warm_starts import without_place
 
 
 def outputs(name: str, weights) -> torch.Tensor:
@@ -46,6 +47,19 @@ def test_a_source_of_another_family_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r'nothing in it fits resnet20_saam; take a model of the same family'):
         warm_start('resnet20_saam', str(tmp_path / 'other.safetensors'), tmp_path / 'out.safetensors')
     assert not (tmp_path / 'out.safetensors').exists()
+
+
+@pytest.mark.parametrize(
+    'source, said',
+    [
+        ('resnet20.cifar10', 'resnet20.cifar10'),
+        ('hf-hub:org/x', 'hf-hub:org/x'),
+        ('local-dir:runs/a/x', 'local-dir:x'),
+        ('runs/a/x.safetensors', 'x.safetensors'),
+    ],
+)
+def test_a_source_without_its_place(source, said):
+    assert without_place(source) == said
 
 
 def test_the_file_says_where_it_comes_from(tmp_path):

@@ -131,10 +131,16 @@ def _check(folder: Path) -> None:
 
 
 def _address(folder: Path, repo_id: str, temp: Path) -> Path:
-    """Copy a release to `temp`, so that its card names the repository that it goes to."""
+    """Copy a release to `temp`, so that its card names the repository that it goes to.
+
+    In another organisation's, the model's bare name is not the same weights.
+    """
     copy = shutil.copytree(folder, temp / folder.name)
     card = copy / 'README.md'
-    text = re.sub(rf"[\w.-]+/{re.escape(folder.name)}(?=')", repo_id, card.read_text('utf-8'))
+    written = card.read_text('utf-8')
+    text = re.sub(rf"[\w.-]+/{re.escape(folder.name)}(?=')", repo_id, written)
+    if text != written:
+        text = re.sub(r'^.*  # the same\n', '', text, flags=re.MULTILINE)
     card.write_text(text, encoding='utf-8', newline='')
     return copy
 

@@ -58,15 +58,18 @@ def release(
         checkpoint: 'last', or 'best' on the test set, which flatters its accuracy there. Of either, the exponential
             moving average where the run kept one.
         data_dir: the data to evaluate on. Default: the run's own.
-        out: where the folder goes. Default: `hub_configs/`.
+        out: where the folder goes. Default: `hub_configs/` of the checkout.
         onnx: add `onnx/model.onnx`, and `onnx/model_quantized.onnx` in 8 bits where that costs at most 0.5 points of
             top-1. results.json has the figures of both.
 
     Raises:
         MissingFileError: no finished run in `run_dir`.
-        UserError: a bad tag, an unknown checkpoint, a `name` that the run did not train, a network that is not its
-            name's, data that are not the run's or the tag's, or a place that cannot be written to.
+        UserError: no `out` and no checkout, a bad tag, an unknown checkpoint, a `name` that the run did not train, a
+            network that is not its name's, data that are not the run's or the tag's, or a place that cannot be written
+            to.
     """
+    if out is None and (hub_configs_dir().parent / '__init__.py').is_file():
+        raise UserError('no checkout here, and an installed package keeps its weights: --out names a folder')
     run_dir, out = Path(run_dir), out or hub_configs_dir()
     if not re.fullmatch('[a-z0-9_-]+', tag):
         raise UserError(f'tag {tag!r}: small letters, digits, _ and - make one up; {", ".join(DATASETS)} are taken')

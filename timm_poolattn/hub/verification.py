@@ -67,6 +67,8 @@ _FILES = (
 LARGEST = 1e6
 #: The largest text file that is read, in bytes.
 _LARGEST_TEXT = 2**24
+#: The largest file that is downloaded, in bytes: several times a release's weights.
+_LARGEST_FILE = 2**30
 _REWRITE = 'release the run again, which writes both'
 #: How far the measured top-1 may lie from the claimed, in percentage points.
 TOLERANCE = 0.05
@@ -95,18 +97,20 @@ class Check(NamedTuple):
 
 
 def resolve(target: str | Path) -> Path:
-    """Return the release folder that `target` names: `<arch>.<tag>`, `<arch>`, or a folder.
+    """Return the release folder that `target` names: `<arch>.<tag>`, `<arch>`, or a folder, as `local-dir:` too.
 
     Raises:
-        UserError: neither.
+        UserError: neither, or both.
     """
-    folders = released()
+    folders, path = released(), Path(str(target).removeprefix('local-dir:'))
     for name, folder in folders.items():
         if str(target) in (name, name.partition('.')[0]):
+            if path.is_dir() and not path.samefile(folder):
+                raise UserError(f'{target} is a release of the package and a folder here; for that, local-dir:{target}')
             return folder
-    if not Path(target).is_dir():
+    if not path.is_dir():
         look_up('release', str(target), folders, 'or name a folder, or hf-hub:REPO to verify')
-    return Path(target)
+    return path
 
 
 def verify(
@@ -136,7 +140,7 @@ def verify(
     """
     data = dict(data_dir=data_dir, dataset=dataset, split=split)
     if not str(target).startswith('hf-hub:'):
-        return verify_folder(resolve(str(target).removeprefix('local-dir:')), **data)
+        return verify_folder(resolve(target), **data)
     repo_id, _, revision = str(target).removeprefix('hf-hub:').partition('@')
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(temp, 'release')
@@ -170,6 +174,9 @@ def download(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> Ch
         _check_names([file.path for file in files])
     except UserError as e:
         return Check('files', False, str(e))
+    for file in files:
+        if not isinstance(file.size, int) or file.size > _LARGEST_FILE:
+            return Check('files', False, f'{file.path}: over {_LARGEST_FILE:,} bytes, and not fetched')
     for file in files:
         try:
             with hub_errors(repo_id, api.endpoint):

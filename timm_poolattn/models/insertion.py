@@ -398,8 +398,10 @@ def _insert_fa(model: nn.Module, gate: str, blocks: list[nn.Module], gate_kwargs
                 raise AssertionError('a run is passed by')
             if not p.images.is_meta:
                 torch.testing.assert_close(_tensors(output), _tensors(p.output), equal_nan=True)
-    except Exception as error:
+    except BaseException as error:
         remove(model)
+        if not isinstance(error, Exception):  # Ctrl-C
+            raise
         raise _refusal(model, 'other parts of it reach into its runs of blocks') from error
     finally:
         for hook in hooks:

@@ -139,8 +139,11 @@ def build_page(models: dict[str, nn.Module], chosen: Sequence[str] = ()) -> 'gra
     """
     import gradio as gr
 
+    uploads = Path(gr.utils.get_upload_folder()).resolve()
+
     def show(photo: dict[str, Any] | None, names: list[str]) -> Iterator[tuple[str, str]]:
-        if not photo or not photo.get('path'):
+        # whoever posts to the page may name any file of this machine
+        if not photo or not Path(photo.get('path') or '').resolve().is_relative_to(uploads):
             yield line('Drop a photo first.', is_error=True), _render()
         elif not names:
             yield line('Tick a model first.', is_error=True), _render()
@@ -217,9 +220,11 @@ def serve(names: Sequence[str] = ()) -> None:
             raise UserError(
                 f'{host} has no free port from {port} on; GRADIO_SERVER_NAME and GRADIO_SERVER_PORT name another'
             ) from e
+        ended = threading.Event()
         print(f'{url} has {len(models)} model{"s" * (len(models) > 1)}; Ctrl-C ends it', flush=True)
         try:
-            threading.Event().wait()
+            while not ended.wait(1):  # without an end, Windows would not hear Ctrl-C
+                pass
         finally:
             page.close(verbose=False)
 

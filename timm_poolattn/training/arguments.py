@@ -175,7 +175,7 @@ def _check_config(path: Path, known: set[str]) -> None:
     if not path.is_file():
         raise MissingFileError(f'--config: no file {path}; `--recipe` takes the name of a recipe')
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text('utf-8'))
     except (yaml.YAMLError, ValueError) as e:
         raise UserError(f'--config {path}: no YAML ({" ".join(str(e).split())[:200]})') from e
     if not isinstance(values, dict):

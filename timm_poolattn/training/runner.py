@@ -33,6 +33,7 @@ from .recovery import Guard, check_checkpoint, newest_checkpoint
 from .runs import read_curve
 from .soft_targets import soft_targets
 from .timm_script import find_train_script, load_train_script
+from .warm_starts import without_place
 
 _logger = logging.getLogger(__name__)
 
@@ -125,9 +126,7 @@ def train(
         facts['arguments']['initial_checkpoint'] = Path(args.initial_checkpoint).name
     facts['options'] = dict(resident=resident, crop_padding=crop_padding, penalty_weight=penalty_weight)
     if teachers:
-        facts['options']['teacher'] = [  # a folder without its place on this machine
-            f'local-dir:{Path(name).name}' if name.startswith('local-dir:') else name for name in teachers
-        ]
+        facts['options']['teacher'] = [without_place(name) for name in teachers]
     if args.device == 'cpu' and rank == 0:
         print(_say_bfloat16(args.amp and args.amp_dtype == 'bfloat16'))
     handlers_before = logging.root.handlers[:]  # main adds its own each time

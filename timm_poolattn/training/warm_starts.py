@@ -41,10 +41,18 @@ def warm_start(model: str, source: str, out: str | Path) -> dict[str, int]:
         if hasattr(module, 'zero_init_last') and not any(name.startswith(f'{prefix}.') for name in copied):
             module.zero_init_last()
     net.load_state_dict(copied, strict=False)
-    metadata = dict(warm_start=f'{Path(source).name} {model}')  # as the command has them; `train` records it
+    metadata = dict(warm_start=f'{without_place(source)} {model}')  # as the command has them; `train` records it
     with replacing(out) as temp:
         save_file({name: value.contiguous() for name, value in net.state_dict().items()}, temp, metadata)
     return dict(copied=len(copied), new=len(state) - len(copied))
+
+
+def without_place(source: str) -> str:
+    """Return the name of a model or a file, of a folder or a file without its place on this machine."""
+    if source.startswith('hf-hub:'):
+        return source
+    folder = source.removeprefix('local-dir:')
+    return 'local-dir:' * (folder != source) + Path(folder).name
 
 
 def _read(source: str) -> dict[str, torch.Tensor]:
