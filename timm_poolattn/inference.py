@@ -154,10 +154,11 @@ def load_data(
 
 def class_names(model: nn.Module) -> list[str]:
     """Return the names of a model's classes, or their numbers where its config has none, or those of another head."""
-    return _label_names(model) or list(map(str, range(model.num_classes)))
+    return label_names(model) or list(map(str, range(model.num_classes)))
 
 
-def _label_names(model: nn.Module) -> list[str] | None:
+def label_names(model: nn.Module) -> list[str] | None:
+    """Return the names of a model's classes; None where its config has none, or those of another head."""
     names = list(model.pretrained_cfg.get('label_names') or [])
     return names if len(names) == model.num_classes else None
 
@@ -214,7 +215,7 @@ def evaluation_loader(
     Raises:
         UserError: data that were read for a model of another size, or classes that the model does not know.
     """
-    labels = _label_names(model) or data.classes
+    labels = label_names(model) or data.classes
     if len(labels) != model.num_classes:
         raise UserError(
             f'the config of the model does not name its {model.num_classes} classes, and the data have {len(labels)}:'

@@ -43,7 +43,7 @@ import torch
 import yaml
 
 import timm_poolattn  # noqa: F401  registers the models
-from timm_poolattn.data import load_images
+from timm_poolattn.data.listing import list_split
 from timm_poolattn.models import check_model_name
 from timm_poolattn.report.results import RESULTS_DIR, load_results
 from timm_poolattn.training import read_curve, recipes
@@ -176,7 +176,7 @@ def make_plan(todo: list[Run], data_root: Path, device: str, jobs: int | None) -
         model: seconds_per_image(model, device)
         for model in progress(dict.fromkeys(run.model for run in todo), desc='measuring', unit='model')
     }
-    images = {data: len(load_images(data_root / data, 'train')) for data in {run.data for run in todo}}
+    images = {data: len(list_split(data_root / data, 'train').images) for data in {run.data for run in todo}}
     seconds = [(r.epochs - r.epochs_done) * images[r.data] * measured[r.model][0] for r in todo]
     if jobs is None:
         jobs = os.cpu_count()

@@ -146,6 +146,12 @@ def test_an_unreadable_folder_is_named(image_folder):
     assert 'cat/locked (Permission denied)' in note
 
 
+def test_a_held_out_image_whose_name_is_no_utf8(image_folder):
+    folder = os.fsencode(image_folder / 'train' / 'cat')
+    os.rename(folder + b'/0.png', folder + b'/caf\xe9.png')
+    assert len(list_split(image_folder / 'train', 'test').images) == 2
+
+
 def test_a_folder_of_classes(read, image_folder):
     """It is a split itself, or of it a part is held out."""
     train, root = read(root=image_folder / 'train', split='train'), image_folder / 'train'

@@ -179,6 +179,11 @@ def test_class_map(train_script, photos, tmp_path):
     model = load_pretrained(f'local-dir:{result.model_dir}')
     data = load_images(photos, 'test', view=View((3, 32, 32)), classes=names)
     assert evaluate(model, data)['top1'] == pytest.approx(result.top1)
+    (tmp_path / 'map.txt').write_text('\n'.join(names[1:]))
+    with pytest.raises(UserError, match='may order the classes, not leave out or add some'):
+        finetune(photos, argv, timm_script=train_script)
+    with pytest.raises(UserError, match="--val-split '' leaves nothing"):
+        finetune(photos, [*argv[2:], '--val-split', ''], timm_script=train_script)
 
 
 @pytest.mark.parametrize('option', ['--num-classes', '--data-dir'])

@@ -7,8 +7,10 @@ import shutil
 import pytest
 import timm
 import torch
+import torchvision
 import yaml
 from timm.models import register_model
+from timm.task.distillation import DistillationTeacher
 from timm.utils import NativeScaler
 
 from timm_poolattn.inference import evaluate
@@ -47,6 +49,8 @@ def run(train_script, cifar10_few, tmp_path, caplog):
         '--color-jitter 0',
         '--bce-loss --cutmix 1.0 --mixup-mode elem --bce-target-thresh 0.2',
         '--kd-model-name resnet20_saam.cifar10 --distill-loss-weight 0.5',
+        '--sched wsd --decay-epochs 0.2 --epochs 3',
+        '--sched none --start-epoch 1 --warmup-prefix --warmup-epochs 1',
         '--kd-model-name resnet20_saam.cifar10 --kd-distill-type feature --model-ema',
         '--model-dtype bfloat16 --remode pixel --reprob 1.0',
         '--grad-checkpointing --opt adamw --layer-decay 0.9 --lr 0.001',
@@ -65,6 +69,25 @@ def test_options(run, caplog, options):
     assert ((p < 0.5).all() or 'adamw' in options) and p.dtype == (
         torch.bfloat16 if '--model-dtype' in options else torch.float32
     )
+
+
+def test_a_distillations_teacher_sees_its_own_colours(train_script, cifar10_few, tmp_path, monkeypatch):
+    """Whatever --mean and --std the model to train sees them by."""
+    seen = []
+    monkeypatch.setattr(DistillationTeacher, 'forward', lambda self, x, **_: (seen.append(x), self.model(x))[1])
+    options = ['-b', 40, '--no-aug', '--kd-model-name', 'resnet20.cifar10']
+    for colours in ([], ['--mean', 0.5, 0.4, 0.3, '--std', 1, 1, 1]):
+        run_train(train_script, cifar10_few, tmp_path, *options, *colours, '--experiment', f'{len(seen)}')
+    torch.testing.assert_close(*seen)
+
+
+@pytest.mark.parametrize('options', [[], ['--color-jitter', 0.4]])
+def test_a_runs_own_arguments_repeat_it(run, options):
+    """args.yaml holds all of train.py's defaults, which are not options that were given."""
+    first = run(*options)
+    second = run('--config', first / 'args.yaml', '--experiment', 'second')
+    assert read_run(first).record['options'] == read_run(second).record['options']
+    assert read_run(first).record['options']['resident'] is not bool(options)
 
 
 def test_padding_is_the_resident_loaders(run):
@@ -219,6 +242,16 @@ def test_an_entrypoint_of_the_users_own(run, caplog):
     with pytest.raises(UserError, match='--in-chans 1: own_network has no cfg that says its size; give --input-size'):
         run('--model', 'own_network', '--in-chans', 1, '--experiment', 'grey')
     run('--model', 'own_network', '--input-size', 1, 32, 32, '--experiment', 'grey')
+
+
+def test_classes_of_torchvisions_data(run, cifar10_few, monkeypatch):
+    """With timm's loader too, where they have no reader to ask."""
+    data = torchvision.datasets.ImageFolder(cifar10_few / 'train')
+    monkeypatch.setattr('timm.data.dataset_factory._TORCH_BASIC_DS', {'cifar10': lambda **kwargs: data})
+    options = ['--dataset', 'torch/cifar10', '--val-split', 'test']
+    with pytest.raises(UserError, match='10 classes, and the model has 100; give --num-classes 10'):
+        run(*options, '--model', 'resnet20.cifar100', resident=False)
+    assert read_run(run(*options, '--workers', 0, resident=False)).record['classes'] == data.classes
 
 
 def test_classes(train_script, image_folder, tmp_path):

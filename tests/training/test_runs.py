@@ -4,6 +4,7 @@ import json
 
 import pytest
 import timm
+from timm.data import ImageDataset
 
 from timm_poolattn.data import View
 from timm_poolattn.training import read_curve, read_run
@@ -37,6 +38,20 @@ def test_the_whole_rows_are_the_curve(tmp_path, text, curve):
     for end in ('\n', '\r\n'):  # timm's writer has the latter
         (tmp_path / 'summary.csv').write_text(text, newline=end)
         assert read_curve(tmp_path) == curve
+
+
+def test_a_run_of_train_py_alone(image_folder, tmp_path):
+    """Its classes are in timm's natural order, and its images were cropped at the centre."""
+    for split in ('train', 'test'):
+        (image_folder / split / 'dog').rename(image_folder / split / 'Dog')
+    (tmp_path / 'args.yaml').write_text(
+        f'model: resnet20\nnum_classes: 2\ndata_dir: {image_folder}\nval_split: test\ninput_size: [3, 8, 8]\n'
+    )
+    run, model = read_run(tmp_path), timm.create_model('resnet20', num_classes=2)
+    model.pretrained_cfg = {**model.pretrained_cfg, 'crop_mode': 'squash'}
+    assert ImageDataset(str(image_folder / 'train')).reader.class_to_idx == {'cat': 0, 'Dog': 1}
+    assert run.classes == run.load_data(model).classes == ['cat', 'Dog']
+    assert run.data_config(model)['crop_mode'] == 'center'
 
 
 def test_no_summary_is_no_curve(tmp_path):

@@ -1,6 +1,7 @@
 """train.py's arguments: read by its own parser, and refused before any long work if they cannot be right."""
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ from .runs import MODEL_ARGS
 
 #: train.py's of its random crop and colours, whose defaults are in no run of ours: given, they are what is meant.
 CROP_AND_COLOUR = ('scale', 'ratio', 'color_jitter', 'train_interpolation')
-#: Those of timm's create_scheduler_v2; of any other name it makes a constant rate without a word.
-_SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'constant', 'wsd', 'rsqrt')
+#: Those of timm's create_scheduler_v2.
+_SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'constant', 'wsd', 'rsqrt', 'none')
 #: Of timm's saver.
 _METRICS = ('top1', 'top5', 'loss')
 #: Data sets of timm of which an epoch has no end of its own.
@@ -34,7 +35,8 @@ _COUNTS += ('lr_cycle_limit', 'num_classes')
 #: The least and the most that train.py's numbers can be; of some it takes others, and fails after a while.
 _RANGES = {
     **dict.fromkeys(_COUNTS, (1, math.inf)),
-    **dict.fromkeys(('aug_repeats', 'epoch_repeats', 'workers', 'lr', 'lr_base', 'warmup_epochs'), (0, math.inf)),
+    **dict.fromkeys(('aug_repeats', 'epoch_repeats', 'workers', 'lr_base', 'warmup_epochs'), (0, math.inf)),
+    'lr': (1e-12, math.inf),  # it takes 0 for none, and --lr-base in its place
     **dict.fromkeys(('cooldown_epochs', 'clip_grad', 'mixup', 'cutmix', 'weight_decay', 'decay_rate'), (0, math.inf)),
     **dict.fromkeys(('warmup_lr', 'min_lr', 'start_epoch', 'patience_epochs'), (0, math.inf)),
     **dict.fromkeys(('distill_loss_weight', 'task_loss_weight'), (0, math.inf)),
@@ -108,8 +110,9 @@ def parse_arguments(module: ModuleType, argv: Sequence[str], recipe: str | None 
     argv_before, sys.argv = sys.argv, ['train.py', *argv]
     try:
         module.parser.set_defaults(**dict.fromkeys(CROP_AND_COLOUR))
-        args, _ = module._parse_args()
-        given = {k: getattr(args, k) for k in CROP_AND_COLOUR if getattr(args, k) is not None}
+        typed = module.parser.parse_known_args(list(argv))[0]
+        source = typed if config and _was_resident(Path(config)) else module._parse_args()[0]
+        given = {k: getattr(source, k) for k in CROP_AND_COLOUR if getattr(source, k) is not None}
         module.parser.set_defaults(**{k: defaults[k] for k in CROP_AND_COLOUR})
         args, text = module._parse_args()
         if more := _channel_options(args):
@@ -185,6 +188,14 @@ def _check_config(path: Path, known: set[str]) -> None:
             look_up('argument', str(key), known, f'--config {path}: its keys are the arguments of train.py')
 
 
+def _was_resident(config: Path) -> bool:
+    """Return True of the args.yaml of a run with the resident loader: its `CROP_AND_COLOUR` were of no use."""
+    try:
+        return json.loads((config.parent / 'run.json').read_text('utf-8'))['options']['resident'] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse misspelt names, numbers out of range, missing files and devices that this machine does not have.
 
@@ -206,10 +217,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.sched:
         look_up('schedule', args.sched, _SCHEDULES, 'for --sched')
     look_up('mode', args.clip_mode, ('norm', 'value', 'agc'), 'for --clip-mode')
+    look_up('mode', args.mixup_mode, ('batch', 'pair', 'elem', 'half'), 'for --mixup-mode')
+    look_up('scaling', args.lr_base_scale or 'linear', ('linear', 'sqrt'), 'for --lr-base-scale')
+    look_up('way', args.dist_bn or 'reduce', ('reduce', 'broadcast'), 'for --dist-bn')
     look_up('seeding', args.worker_seeding, ('all', 'part'), 'for --worker-seeding')
     look_up('metric', args.eval_metric, _METRICS, 'for --eval-metric')
     look_up('interpolation', args.interpolation or 'bicubic', INTERPOLATIONS, 'for --interpolation')
-    for name, (low, high) in _RANGES.items():
+    fraction = {'decay_epochs': (1e-3, math.inf)} if args.sched in ('wsd', 'rsqrt') else {}  # of the schedule
+    for name, (low, high) in (_RANGES | fraction).items():
         value = getattr(args, name, None)
         for number in value if isinstance(value, list | tuple) else [value]:
             if number is not None and not low <= number <= high:
@@ -228,8 +243,11 @@ def check_arguments(args: argparse.Namespace) -> None:
                     f'--{name.replace("_", "-")}: train.py has no use for it but with data that are read as a stream'
                     f' (--dataset {", ".join(_STREAMS)}); leave it out'
                 )
-    last = args.epochs + (args.cooldown_epochs or 0)
-    if (args.start_epoch or 0) >= last:
+    if args.data and args.data_dir:
+        raise UserError(f'{args.data} and --data-dir {args.data_dir}: train.py reads one folder; leave one out')
+    last = args.epochs + (args.cooldown_epochs or 0) * (args.sched in ('cosine', 'tanh', 'poly'))
+    last += (args.warmup_epochs or 0) * bool(args.warmup_prefix)
+    if (args.start_epoch or 0) >= last and (args.lr_cycle_limit or 1) == 1:
         raise UserError(f'--start-epoch {args.start_epoch}: counted from 0, the last of --epochs {last} is {last - 1}')
     channels = args.input_size[0] if args.input_size else 3
     if (args.in_chans or channels) != channels:

@@ -2,11 +2,14 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from timm.data.readers.class_map import load_class_map
 from torch import nn
 
 from ..data import ImageData, ResidentDataset, ResidentLoader, list_classes
@@ -66,12 +69,22 @@ def finetune(data_dir: str | Path, argv: Sequence[str] = (), **options) -> Finet
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('--train-split', default='train')
+    parser.add_argument('--val-split', default='validation')
+    parser.add_argument('--class-map')
     parser.add_argument('--data-dir')
     parser.add_argument('--num-classes')
     args = parser.parse_known_args(list(argv))[0]
     if args.data_dir or args.num_classes:
         raise UserError('finetune: the images given say --data-dir and --num-classes; leave them out')
+    if not args.val_split:
+        raise UserError("finetune: --val-split '' leaves nothing to find the best epoch by; leave it out")
     classes = list_classes(data_dir, args.train_split)
+    if args.class_map:
+        named = {*classes}
+        with suppress(AssertionError, OSError, ValueError, UnpicklingError):  # `train` says what is wrong with the file
+            named = {*load_class_map(args.class_map, str(data_dir))}
+        if named != {*classes}:
+            raise UserError(f'finetune: --class-map {args.class_map} may order the classes, not leave out or add some')
     argv = [*argv, '--num-classes', str(len(classes)), '--data-dir', str(data_dir)]
     run = read_run(train(argv, **{'recipe': 'finetune', **options}))
     model = run.build_model('best')

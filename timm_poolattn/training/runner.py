@@ -116,6 +116,8 @@ def train(
         raise UserError("--crop-padding is the resident loader's; leave it out, or what wants timm's own loader")
     if teachers:
         _check_teachers(args, teachers, resident)
+    elif args.bce_loss and not (args.smoothing or args.mixup or args.cutmix or args.cutmix_minmax):
+        raise UserError('--bce-loss: train.py has it for smoothed or mixed classes alone; give --smoothing 0.1')
     classes = [] if args.class_map or (args.dataset and not resident) else _check_data(args)
     if folder is None and rank == 0:
         folder = new_folder(output, safe_model_name(args.model))
@@ -139,7 +141,7 @@ def train(
         tasks = []
         for name, task in list(vars(module).items()):
             if isinstance(task, type) and issubclass(task, TrainingTask):
-                setattr(module, name, partial(_create_task, tasks, with_penalty(task), penalty_weight))
+                setattr(module, name, partial(_create_task, args, record, tasks, with_penalty(task), penalty_weight))
         module.create_optimizer_v2 = partial(_create_optimizer, tasks, module.create_optimizer_v2)
         module.train_one_epoch = guard.around(_with_epoch_metrics(module.train_one_epoch))
         if resident:
@@ -284,9 +286,30 @@ def _check_output(model: nn.Module, input_size: Sequence[int]) -> None:
         raise UserError(f'--model: an image gives {shape} numbers, not {model.num_classes}; --gp avg pools them')
 
 
-def _create_task(tasks: list[TrainingTask], kind: type[TrainingTask], penalty_weight: float, *args, **kwargs):
-    tasks.append(kind(*args, penalty_weight=penalty_weight, **kwargs))
-    return tasks[-1]
+def _create_task(
+    args: argparse.Namespace,
+    record: Record | None,
+    tasks: list[TrainingTask],
+    kind: type[TrainingTask],
+    penalty_weight: float,
+    **kwargs,
+) -> TrainingTask:
+    """Stand in for one of timm's tasks. That of --kd-model-name knows the classes, and sees its own colours."""
+    if args.kd_model_name and args.kd_distill_type != 'feature':
+        cfg, student = read_pretrained_cfg(args.kd_model_name), kwargs['student_model']
+        if cfg.get('num_classes', student.num_classes) != student.num_classes:
+            said = f'{cfg["num_classes"]} classes, and the model has {student.num_classes}'
+            raise UserError(f'--kd-model-name {args.kd_model_name}: of {said}: its head would be a random one')
+        classes = record.facts.get('classes') if record else None
+        if cfg.get('label_names') and classes and list(cfg['label_names']) != classes:
+            raise UserError(f'--kd-model-name {args.kd_model_name}: its classes are not those of the data, in order')
+    task = kind(penalty_weight=penalty_weight, **kwargs)
+    if args.kd_model_name:  # timm's task takes the colours of the model's cfg, the loader those of --mean and --std
+        config = resolve_data_config(vars(args), model=kwargs['student_model'])
+        for name in ('mean', 'std'):
+            getattr(task, f'student_{name}').copy_(torch.tensor(config[name]).view(1, -1, 1, 1))
+    tasks.append(task)
+    return task
 
 
 def _create_optimizer(tasks: list[TrainingTask], create: Callable[..., Optimizer], *args, **kwargs) -> Optimizer:
@@ -320,10 +343,14 @@ def _create_dataset(
                 look_up('split', split, (*TRAIN_SPLITS, *EVAL_SPLITS), f'of {name}')
             given = dict(split=split, class_map=class_map, is_training=is_training)
             dataset = create_dataset(name, root=root, **given, **kwargs)
-            index = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+            index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)  # torchvision's have no reader
         else:
             classes = list_classes(root, args.train_split)
             index = load_class_map(class_map, root) if class_map else {c: i for i, c in enumerate(classes)}
+            if sorted(index.values()) != list(range(len(index))):
+                raise UserError(f'--class-map {class_map}: its numbers must be 0 to {len(index) - 1}, each once')
+            if not index.keys() & set(classes):
+                raise UserError(f'--class-map {class_map}: names none of the folders {", ".join(classes[:3])}, ...')
             dataset = ImageFiles(root, split, _view(args, is_training).input_size[0], index)
     except UserError:
         raise
@@ -347,6 +374,8 @@ def _can_be_resident(args: argparse.Namespace, given: dict[str, Any]) -> bool:
     if not args.no_aug:
         options += [o for o in CROP_AND_COLOUR if given.get(o)]  # --color-jitter 0 needs no loader
     need = [f'--{o.replace("_", "-")}' for o in options]
+    if args.mixup_mode == 'half':
+        need.append('--mixup-mode half')
     if args.dataset not in ('', 'torch/cifar10', 'torch/cifar100'):
         need.append(f'--dataset {args.dataset}')
     if need:

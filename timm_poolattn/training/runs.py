@@ -80,7 +80,8 @@ class Run:
             return self.record['classes']
         if self.args.get('dataset'):
             return load_images(self.data_dir(), 'train', name=self.args['dataset']).classes
-        return sorted(list_classes(self.data_dir(), self.args.get('train_split') or 'train'))  # as such a run did
+        classes = list_classes(self.data_dir(), self.args.get('train_split') or 'train')
+        return sorted(classes) if self.record else classes  # as an older run of ours had them, and one of timm's
 
     def read_checkpoint(self, which: str = 'last') -> dict[str, Any]:
         """Read what timm's saver wrote; no pickle is run.
@@ -139,6 +140,8 @@ class Run:
         # a run of train.py alone has no record, an older one of ours no options; the resident loader has its own ways
         if self.record and self.record.get('options', {}).get('resident', True):
             config.update(crop_pct=self.args.get('crop_pct') or 1.0)
+        else:
+            config.update(crop_mode='center')  # all that train.py has its loader do
         return {k: config[k] for k in _DATA_CONFIG}
 
     def load_data(self, model: nn.Module, data_dir: str | Path | None = None) -> ImageData:
@@ -147,7 +150,8 @@ class Run:
         split = self.args.get('val_split') or 'validation'
         classes = self.record.get('classes')  # of which a split may hold a few
         if not (classes or name):
-            classes = sorted(list_classes(root, split))  # as `classes` says
+            classes = list_classes(root, split)
+            classes = sorted(classes) if self.record else classes  # as `classes` says
         return load_images(root, split, name=name, view=View.of(self.data_config(model)), classes=classes)
 
     def save_model(self, model: nn.Module, folder: str | Path) -> None:

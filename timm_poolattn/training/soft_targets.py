@@ -10,7 +10,7 @@ from timm.models import safe_model_name
 from torch.nn import functional as F
 
 from ..data import ImageData, evaluation_config
-from ..inference import evaluation_loader, load_pretrained, view_of
+from ..inference import evaluation_loader, label_names, load_pretrained, view_of
 from ..utils import UserError, cache_dir, progress, replacing
 
 _logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def _probabilities(name: str, data: ImageData, device: torch.device | str) -> to
         loader = evaluation_loader(model, data, device=device)
     except UserError as e:
         raise UserError(f'--teacher {name}: {e}') from e
-    labels = model.pretrained_cfg.get('label_names') or data.classes
+    labels = label_names(model) or data.classes
     digest = hashlib.sha256(f'{data.classes} {labels} {evaluation_config(model)}'.encode())
     for tensor in (data.images, *model.state_dict().values()):
         digest.update(tensor.contiguous().numpy())
