@@ -85,6 +85,19 @@ def write_onnx(model: nn.Module, folder: Path, data: ImageData, top1: float) -> 
     return rows
 
 
+def _parts(proto: Any) -> tuple[list[Any], list[Any]]:
+    """Return all operators and tensors of a `ModelProto`, those in graphs within operators and in functions too."""
+    tensors, nodes = [*proto.graph.initializer], [*proto.graph.node]
+    nodes += [node for function in proto.functions for node in function.node]
+    for node in nodes:  # which grows
+        for attribute in node.attribute:
+            tensors += [attribute.t, *attribute.tensors]
+            for graph in (attribute.g, *attribute.graphs):
+                tensors += graph.initializer
+                nodes += graph.node
+    return nodes, tensors
+
+
 @torch.inference_mode()
 def check_onnx(folder: Path, model: nn.Module, claimed: dict[str, Any], top1: float) -> str:
     """Run the files of a release beside `model`.
@@ -116,9 +129,10 @@ def check_onnx(folder: Path, model: nn.Module, claimed: dict[str, Any], top1: fl
             proto = onnx.load(path, load_external_data=False)
         except Exception as e:  # protobuf's own kinds
             raise UserError(f'{name}: not an ONNX file ({type(e).__name__})') from e
-        if any(tensor.external_data for tensor in proto.graph.initializer):
+        nodes, tensors = _parts(proto)
+        if any(tensor.external_data for tensor in tensors):
             raise UserError(f'{name}: keeps weights in another file')
-        if foreign := {node.domain for node in proto.graph.node} - {'', 'ai.onnx'}:
+        if foreign := {node.domain for node in nodes} - {'', 'ai.onnx'}:
             raise UserError(f'{name}: has operators of {sorted(foreign)[0]}, which are not those of ONNX')
         said = {prop.key: prop.value for prop in proto.metadata_props}
         for key, value in description(model).items():

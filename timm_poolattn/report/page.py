@@ -87,7 +87,12 @@ def describe_gain(run: dict[str, Any]) -> str:
 
 
 def _page(rows: list[dict[str, Any]], folder: Path, hardware: str) -> str:
-    cards = {name: os.path.relpath(path / 'README.md', folder) for name, path in released().items()}
+    cards = {}
+    for name, path in released().items():
+        try:
+            cards[name] = Path(os.path.relpath(path / 'README.md', folder)).as_posix()
+        except ValueError:  # on another drive of Windows
+            cards[name] = (path / 'README.md').as_uri()
     for row in rows:
         row['duration'] = _duration(row['estimated_hours'])
         for run in row['measured']:
