@@ -4,9 +4,11 @@ import pytest
 import timm
 import torch
 
+from timm_poolattn import set_skip_threshold
 from timm_poolattn.layers import FocusAssociation, fa_weight
 from timm_poolattn.models import _stage as _base
 from timm_poolattn.models import cifar_vgg
+from timm_poolattn.utils import UserError
 
 X = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 X *= torch.arange(1, 7).view(6, 1, 1, 1)
@@ -33,6 +35,12 @@ def forward_with_small_k_as_zero(model, x, threshold):
         patch.setattr(cifar_vgg, 'fa_weight', cut)
         out = model(x)
     return out, (torch.cat(seen) < threshold).float().mean()
+
+
+def test_what_is_scripted_cannot_skip():
+    model = torch.jit.script(timm.create_model('resnet20_fa', depth=8).eval())
+    with pytest.raises(UserError, match='a scripted or traced model cannot skip'):
+        set_skip_threshold(model, 0.5)
 
 
 def test_zero_is_exactly_the_plain_forward(model):

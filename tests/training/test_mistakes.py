@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from timm_poolattn.models.cifar_resnet import CifarResNet
 from timm_poolattn.training import read_curve, read_run, train
+from timm_poolattn.training.arguments import check_arguments, parse_arguments
 from timm_poolattn.training.records import new_folder, own_folder
+from timm_poolattn.training.timm_script import load_train_script
 from timm_poolattn.utils import MissingFileError, UserError
 
 from .test_options import run_train
@@ -106,6 +109,25 @@ def refused(train_script, data, output, *options, match, kind=UserError, **kwarg
 )
 def test_names_and_classes(train_script, cifar10_few, tmp_path, options, match):
     refused(train_script, cifar10_few, tmp_path, *options, match=match)
+
+
+@pytest.mark.parametrize(
+    'options', ['--sched wsd --decay-epochs 0.5 --cooldown-epochs 1', '--warmup-epochs 1 --warmup-prefix']
+)
+def test_the_last_epoch_that_one_can_start_at(train_script, options):
+    argv = ['--model', 'resnet20.cifar10', '--epochs', '2', *options.split(), '--start-epoch']
+    check_arguments(parse_arguments(load_train_script(train_script), [*argv, '2'], None).args)
+    with pytest.raises(UserError, match='--start-epoch 3: counted from 0'):
+        check_arguments(parse_arguments(load_train_script(train_script), [*argv, '3'], None).args)
+
+
+def test_a_folder_that_is_typed_goes_before_the_configs(train_script, tmp_path):
+    (tmp_path / 'args.yaml').write_text('data: photos\nmodel: resnet20.cifar10')
+    argv = ['--config', str(tmp_path / 'args.yaml')]
+    for typed, data, data_dir in (([], 'photos', None), (['a'], 'a', None), (['--data-dir', 'a'], None, 'a')):
+        parsed = parse_arguments(load_train_script(train_script), [*argv, *typed], None)
+        assert (parsed.args.data, parsed.args.data_dir) == (data, data_dir)
+        assert yaml.safe_load(parsed.text)['data_dir'] == data_dir
 
 
 def test_options_of_ours(train_script, cifar10_few, tmp_path):

@@ -49,8 +49,7 @@ def run(train_script, cifar10_few, tmp_path, caplog):
         '--color-jitter 0',
         '--bce-loss --cutmix 1.0 --mixup-mode elem --bce-target-thresh 0.2',
         '--kd-model-name resnet20_saam.cifar10 --distill-loss-weight 0.5',
-        '--sched wsd --decay-epochs 0.2 --epochs 3',
-        '--sched none --start-epoch 1 --warmup-prefix --warmup-epochs 1',
+        '--sched wsd --decay-epochs 0.5 --epochs 2 --start-epoch 1',
         '--kd-model-name resnet20_saam.cifar10 --kd-distill-type feature --model-ema',
         '--model-dtype bfloat16 --remode pixel --reprob 1.0',
         '--grad-checkpointing --opt adamw --layer-decay 0.9 --lr 0.001',
@@ -247,11 +246,14 @@ def test_an_entrypoint_of_the_users_own(run, caplog):
 def test_classes_of_torchvisions_data(run, cifar10_few, monkeypatch):
     """With timm's loader too, where they have no reader to ask."""
     data = torchvision.datasets.ImageFolder(cifar10_few / 'train')
+    by_name = data.class_to_idx
     monkeypatch.setattr('timm.data.dataset_factory._TORCH_BASIC_DS', {'cifar10': lambda **kwargs: data})
     options = ['--dataset', 'torch/cifar10', '--val-split', 'test']
     with pytest.raises(UserError, match='10 classes, and the model has 100; give --num-classes 10'):
         run(*options, '--model', 'resnet20.cifar100', resident=False)
     assert read_run(run(*options, '--workers', 0, resident=False)).record['classes'] == data.classes
+    data.class_to_idx = {**by_name, 'moggy': by_name['cat']}  # as ImageNet's have synonyms
+    assert 'classes' not in read_run(run(*options, '--workers', 0, '--experiment', 'b', resident=False)).record
 
 
 def test_classes(train_script, image_folder, tmp_path):

@@ -391,7 +391,7 @@ def _hold_out(images: list[_Image], training: bool, where: str) -> list[_Image]:
     for class_name, mine in classes.items():
         if len(mine) < 2:
             raise UserError(f'{where}: {class_name} has one image; one to train on and one to evaluate are the least')
-        mine = sorted(mine, key=lambda image: hashlib.sha256(os.fsencode(image.name)).digest())
+        mine = sorted(mine, key=lambda image: hashlib.sha256(image.name.encode('utf-8', 'surrogateescape')).digest())
         count = max(1, len(mine) // 5)
         kept += mine[count:] if training else mine[:count]
     return sorted(kept)

@@ -88,14 +88,17 @@ def write_onnx(model: nn.Module, folder: Path, data: ImageData, top1: float) -> 
 def _parts(proto: Any) -> tuple[list[Any], list[Any]]:
     """Return all operators and tensors of a `ModelProto`, those in graphs within operators and in functions too."""
     tensors, nodes = [*proto.graph.initializer], [*proto.graph.node]
+    sparse = [*proto.graph.sparse_initializer]
     nodes += [node for function in proto.functions for node in function.node]
     for node in nodes:  # which grows
         for attribute in node.attribute:
             tensors += [attribute.t, *attribute.tensors]
+            sparse += [attribute.sparse_tensor, *attribute.sparse_tensors]
             for graph in (attribute.g, *attribute.graphs):
                 tensors += graph.initializer
+                sparse += graph.sparse_initializer
                 nodes += graph.node
-    return nodes, tensors
+    return nodes, tensors + [part for tensor in sparse for part in (tensor.values, tensor.indices)]
 
 
 @torch.inference_mode()

@@ -176,7 +176,7 @@ def download(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> Ch
         return Check('files', False, str(e))
     for file in files:
         if not isinstance(file.size, int) or file.size > _LARGEST_FILE:
-            return Check('files', False, f'{file.path}: over {_LARGEST_FILE:,} bytes, and not fetched')
+            return Check('files', False, f'{file.path}: its size is {file.size!r:.20}, {_LARGEST_FILE:,} is the most')
     for file in files:
         try:
             with hub_errors(repo_id, api.endpoint):

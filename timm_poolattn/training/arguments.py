@@ -23,8 +23,8 @@ from .runs import MODEL_ARGS
 
 #: train.py's of its random crop and colours, whose defaults are in no run of ours: given, they are what is meant.
 CROP_AND_COLOUR = ('scale', 'ratio', 'color_jitter', 'train_interpolation')
-#: Those of timm's create_scheduler_v2.
-_SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'constant', 'wsd', 'rsqrt', 'none')
+#: Those of timm's create_scheduler_v2, but for 'none', which train.py cannot do without.
+_SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'constant', 'wsd', 'rsqrt')
 #: Of timm's saver.
 _METRICS = ('top1', 'top5', 'loss')
 #: Data sets of timm of which an epoch has no end of its own.
@@ -110,7 +110,7 @@ def parse_arguments(module: ModuleType, argv: Sequence[str], recipe: str | None 
     argv_before, sys.argv = sys.argv, ['train.py', *argv]
     try:
         module.parser.set_defaults(**dict.fromkeys(CROP_AND_COLOUR))
-        typed = module.parser.parse_known_args(list(argv))[0]
+        typed = module.parser.parse_known_args(module.config_parser.parse_known_args(list(argv))[1])[0]
         source = typed if config and _was_resident(Path(config)) else module._parse_args()[0]
         given = {k: getattr(source, k) for k in CROP_AND_COLOUR if getattr(source, k) is not None}
         module.parser.set_defaults(**{k: defaults[k] for k in CROP_AND_COLOUR})
@@ -126,6 +126,11 @@ def parse_arguments(module: ModuleType, argv: Sequence[str], recipe: str | None 
         sys.argv = argv_before
     if not args.model:
         raise UserError('no model: give --model, as in --model resnet20_saam.cifar10, or a --recipe that names one')
+    if typed.data and typed.data_dir:
+        raise UserError(f'{typed.data} and --data-dir {typed.data_dir}: train.py reads one folder; leave one out')
+    if args.data and args.data_dir:  # one of them is the config's
+        args.data, args.data_dir = typed.data, typed.data_dir
+        text = yaml.safe_dump(vars(args), default_flow_style=False)
     given |= {k: v for k, v in vars(args).items() if v != defaults.get(k)}
     return Arguments(args, text, given, Path(config).stem if config else None)
 
@@ -243,9 +248,7 @@ def check_arguments(args: argparse.Namespace) -> None:
                     f'--{name.replace("_", "-")}: train.py has no use for it but with data that are read as a stream'
                     f' (--dataset {", ".join(_STREAMS)}); leave it out'
                 )
-    if args.data and args.data_dir:
-        raise UserError(f'{args.data} and --data-dir {args.data_dir}: train.py reads one folder; leave one out')
-    last = args.epochs + (args.cooldown_epochs or 0) * (args.sched in ('cosine', 'tanh', 'poly'))
+    last = args.epochs + (args.cooldown_epochs or 0) * (args.sched in ('cosine', 'tanh', 'poly', 'wsd', 'rsqrt'))
     last += (args.warmup_epochs or 0) * bool(args.warmup_prefix)
     if (args.start_epoch or 0) >= last and (args.lr_cycle_limit or 1) == 1:
         raise UserError(f'--start-epoch {args.start_epoch}: counted from 0, the last of --epochs {last} is {last - 1}')

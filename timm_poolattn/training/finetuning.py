@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -81,7 +80,7 @@ def finetune(data_dir: str | Path, argv: Sequence[str] = (), **options) -> Finet
     classes = list_classes(data_dir, args.train_split)
     if args.class_map:
         named = {*classes}
-        with suppress(AssertionError, OSError, ValueError, UnpicklingError):  # `train` says what is wrong with the file
+        with suppress(Exception):  # `train` reads the file again, and says what is wrong with it
             named = {*load_class_map(args.class_map, str(data_dir))}
         if named != {*classes}:
             raise UserError(f'finetune: --class-map {args.class_map} may order the classes, not leave out or add some')

@@ -116,8 +116,10 @@ def train(
         raise UserError("--crop-padding is the resident loader's; leave it out, or what wants timm's own loader")
     if teachers:
         _check_teachers(args, teachers, resident)
-    elif args.bce_loss and not (args.smoothing or args.mixup or args.cutmix or args.cutmix_minmax):
-        raise UserError('--bce-loss: train.py has it for smoothed or mixed classes alone; give --smoothing 0.1')
+    elif args.bce_loss and (args.jsd_loss or not (args.smoothing or args.mixup or args.cutmix or args.cutmix_minmax)):
+        raise UserError(
+            '--bce-loss: train.py has it for smoothed or mixed classes alone, without --jsd-loss; give --smoothing 0.1'
+        )
     classes = [] if args.class_map or (args.dataset and not resident) else _check_data(args)
     if folder is None and rank == 0:
         folder = new_folder(output, safe_model_name(args.model))
@@ -135,13 +137,14 @@ def train(
     with own_folder(folder, args.resume, is_new, resumable) if rank == 0 else nullcontext():
         record = Record(folder, args.resume, args.device, seed=args.seed, **facts) if rank == 0 else None
         guard = Guard(args.seed, rank, args.resume, resumable, on_save=record.write if record else lambda: None)
-        note = partial(_note_classes, args, args.num_classes, record)
+        seen: list[str] = []  # the classes
+        note = partial(_note_classes, args, args.num_classes, record, seen)
         module._parse_args = lambda: (args, parsed.text)
         module.create_model = partial(_create_model, args, module.create_model, note, classes)
         tasks = []
         for name, task in list(vars(module).items()):
             if isinstance(task, type) and issubclass(task, TrainingTask):
-                setattr(module, name, partial(_create_task, args, record, tasks, with_penalty(task), penalty_weight))
+                setattr(module, name, partial(_create_task, args, seen, tasks, with_penalty(task), penalty_weight))
         module.create_optimizer_v2 = partial(_create_optimizer, tasks, module.create_optimizer_v2)
         module.train_one_epoch = guard.around(_with_epoch_metrics(module.train_one_epoch))
         if resident:
@@ -222,9 +225,14 @@ def _check_known(classes: list[str], trained: list[str], root: str) -> None:
 
 
 def _note_classes(
-    args: argparse.Namespace, given: int | None, record: Record | None, classes: list[str], num_classes: int
+    args: argparse.Namespace,
+    given: int | None,
+    record: Record | None,
+    seen: list[str],
+    classes: list[str],
+    num_classes: int,
 ) -> None:
-    """Record the classes of the training data.
+    """Record the classes of the training data, and put them into `seen`.
 
     Raises:
         UserError: they are more than the model's, or fewer though `given`, the user's --num-classes, does not say so.
@@ -234,6 +242,7 @@ def _note_classes(
         raise UserError(
             f'{args.data_dir or args.data}: {n} classes, and the model has {num_classes}; give --num-classes {n}'
         )
+    seen[:] = classes
     if record:
         if (before := record.facts.get('classes', classes)) != classes:
             said = f'{n} ({classes[0]}, ...), not the {len(before)} ({before[0]}, ...)'
@@ -288,7 +297,7 @@ def _check_output(model: nn.Module, input_size: Sequence[int]) -> None:
 
 def _create_task(
     args: argparse.Namespace,
-    record: Record | None,
+    classes: list[str],
     tasks: list[TrainingTask],
     kind: type[TrainingTask],
     penalty_weight: float,
@@ -300,8 +309,8 @@ def _create_task(
         if cfg.get('num_classes', student.num_classes) != student.num_classes:
             said = f'{cfg["num_classes"]} classes, and the model has {student.num_classes}'
             raise UserError(f'--kd-model-name {args.kd_model_name}: of {said}: its head would be a random one')
-        classes = record.facts.get('classes') if record else None
-        if cfg.get('label_names') and classes and list(cfg['label_names']) != classes:
+        labels = cfg.get('label_names') or classes  # a list, or a dict by number
+        if classes and [*(labels.values() if isinstance(labels, dict) else labels)] != classes:
             raise UserError(f'--kd-model-name {args.kd_model_name}: its classes are not those of the data, in order')
     task = kind(penalty_weight=penalty_weight, **kwargs)
     if args.kd_model_name:  # timm's task takes the colours of the model's cfg, the loader those of --mean and --std
@@ -344,6 +353,8 @@ def _create_dataset(
             given = dict(split=split, class_map=class_map, is_training=is_training)
             dataset = create_dataset(name, root=root, **given, **kwargs)
             index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)  # torchvision's have no reader
+            if index and sorted(index.values()) != list(range(len(index))):  # synonyms, as of ImageNet's classes
+                index = None
         else:
             classes = list_classes(root, args.train_split)
             index = load_class_map(class_map, root) if class_map else {c: i for i, c in enumerate(classes)}
@@ -354,7 +365,14 @@ def _create_dataset(
             dataset = ImageFiles(root, split, _view(args, is_training).input_size[0], index)
     except UserError:
         raise
-    except (OSError, RuntimeError, AssertionError, ValueError, UnpicklingError) as e:  # the last of a class map
+    except (
+        OSError,
+        RuntimeError,
+        AssertionError,
+        ValueError,
+        EOFError,
+        UnpicklingError,
+    ) as e:  # the last of a class map
         raise UserError(f'--data-dir {root}: {" ".join(str(e).split())[:300]}') from e
     if (
         is_training
@@ -374,7 +392,7 @@ def _can_be_resident(args: argparse.Namespace, given: dict[str, Any]) -> bool:
     if not args.no_aug:
         options += [o for o in CROP_AND_COLOUR if given.get(o)]  # --color-jitter 0 needs no loader
     need = [f'--{o.replace("_", "-")}' for o in options]
-    if args.mixup_mode == 'half':
+    if args.mixup_mode == 'half' and (args.mixup or args.cutmix or args.cutmix_minmax):
         need.append('--mixup-mode half')
     if args.dataset not in ('', 'torch/cifar10', 'torch/cifar100'):
         need.append(f'--dataset {args.dataset}')
