@@ -175,7 +175,7 @@ def test_fa_as_any_of_timms():
 def test_mistakes():
     with pytest.raises(ValueError, match=r"unknown gate 'foo'; choose from se,.* for GatedResNet"):
         timm.create_model('resnet50_spem', gate='foo')
-    with pytest.raises(ValueError, match="unknown gate 'spem'; choose from fa, fase; or None, for FaResNet"):
+    with pytest.raises(ValueError, match="unknown gate 'spem'; choose from fa, fase; for FaResNet"):
         FaResNet((1, 1, 1, 1), gate='spem')
     with pytest.raises(ValueError, match=r'SAAM: rd_ratio=0\.001 leaves no hidden channel of 256; 1/256 does'):
         timm.create_model('resnet50_saam', gate_kwargs=dict(rd_ratio=0.001))
