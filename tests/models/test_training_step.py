@@ -169,7 +169,7 @@ def test_three_compiled_steps_are_finite(name, backend, layout, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('layout', LAYOUTS)
-# of se, se2 and eca, timm's, torch 2.14's inductor gets the strides wrong at the second size, contiguous
+# not se, se2 (timm's) and eca: torch 2.14's inductor gets strides wrong at their second size, where contiguous
 @pytest.mark.parametrize('name', ['spem', 'saam', 'saam2', 'cbam', 'sge', 'srm'])
 def test_inductor_with_dynamic_sides(name, layout):
     """Images of any size by one compiled step, which aot_eager never lowers."""
