@@ -39,7 +39,10 @@ def test_cpu_offload(name, tmp_path):
     expected = model(X)
     assert accelerate.cpu_offload(model, execution_device='cpu')(X).equal(expected)
     accelerate.hooks.remove_hook_from_submodules(model)
-    assert accelerate.disk_offload(model, tmp_path / 'offload', execution_device='cpu')(X).equal(expected)
+    output = accelerate.disk_offload(model, tmp_path / 'offload', execution_device='cpu')(X)
+    # SAAM's convolution is channels last in memory and contiguous from the disk: another kernel, rounded otherwise
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    assert output.equal(expected) or 'saam' in name
 
 
 @pytest.mark.parametrize('name', ['resnet20', 'resnet20_fa', 'vgg19_fa', 'resnet50_fa'])
