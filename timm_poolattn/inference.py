@@ -183,10 +183,11 @@ def predict(
         UserError: a file that cannot be read, unless `skip_broken`; or outputs that are not finite.
     """
     channels, labels = view_of(model).input_size[0], class_names(model)
+    device = next((p.device for p in model.parameters()), 'cpu')  # a quantised one may have none
     results = []
     for path in paths:
         try:
-            input = model_input(model, read_image(path, channels), str(path))
+            input = model_input(model, read_image(path, channels), str(path)).to(device)
         except UserError as e:
             if not skip_broken:
                 raise
@@ -223,7 +224,10 @@ def evaluation_loader(
         )
     unknown = [name for name in data.classes if name not in labels]
     if unknown:
-        raise UserError(f'the model was not trained on the classes {", ".join(unknown[:5])}; it knows {len(labels)}')
+        raise UserError(
+            f'the model was not trained on the classes {", ".join(unknown[:5])}; it knows {len(labels)}: take these'
+            f' out, or fine-tune a model on them'
+        )
     index = torch.tensor([labels.index(name) for name in data.classes])  # the data may hold a few of the classes only
     config = evaluation_config(model)
     facts = {k: config[k] for k in ('mean', 'std')}

@@ -66,11 +66,14 @@ def test_spem_learns_and_logs_its_penalty(train_script, image_folder, tmp_path):
     assert str(tmp_path) not in json.dumps(run)
 
 
-def test_a_resumed_run_is_recorded(train_script, image_folder, tmp_path):
+def test_a_resumed_run_is_recorded(train_script, image_folder, tmp_path, caplog):
+    """What is not as before is said too: a run goes on with what its command says."""
     args = ['--model', 'resnet20_saam', '--data-dir', image_folder, *COMMON, '--output', tmp_path]
     run = lambda *more: run_train([*map(str, [*args, '--experiment', 'run', *more])], timm_script=train_script)  # noqa: E731
     folder = run('--epochs', 1)
-    run('--resume', folder / 'last.pth.tar')
+    assert 'not as before' not in caplog.text
+    run('--resume', folder / 'last.pth.tar', '--smoothing', 0)
+    assert '--resume: not as before: epochs 1 -> 2, smoothing not given -> 0.0' in caplog.text
     assert [row['epoch'] for row in read_curve(folder)] == [0, 1]
     record = json.loads((folder / 'run.json').read_text())
     assert record['arguments']['epochs'] == 2 and record['resumed'][0]['arguments']['epochs'] == 1

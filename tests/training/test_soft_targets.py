@@ -1,5 +1,6 @@
 """`poolattn train --teacher`: targets that trained models give."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -81,6 +82,9 @@ def test_training(run, data):  # noqa: F811
     )
     facts = read_run(folder).record
     assert facts['options']['teacher'] == list(TEACHERS)
+    releases = [json.loads((released()[name] / 'results.json').read_text()) for name in TEACHERS]
+    hashes = [release['weights']['data_sha256'] for release in releases]
+    assert facts['teacher_weights'] == dict(zip(TEACHERS, hashes, strict=True))
     flags = '--resident --penalty-weight 0.1 --teacher resnet20.cifar10 --teacher resnet20_saam.cifar10'
     assert _flags(facts['options']) == flags
     assert recipe_name(facts) == 'own recipe, taught by 2 models'

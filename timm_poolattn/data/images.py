@@ -40,7 +40,7 @@ class ImageData:
 
     Attributes:
         images: uint8, (N, H, W, C).
-        targets: int64, (N,), indices into `classes`.
+        targets: int64, (N,), indices into `classes`; of `soft_targets` float32, (N, classes).
         classes: class names, in order.
         view: how the images were brought to their size; None for images as they are.
     """
@@ -109,7 +109,10 @@ def load_images(
         return data
     unknown = [c for c in data.classes if c not in classes]
     if unknown:
-        raise UserError(f'{root}: {split} has classes that are not trained on: {", ".join(unknown[:5])}')
+        raise UserError(
+            f'{root}: {split} has classes that are not trained on: {", ".join(unknown[:5])}; take them out, or add them'
+            f' to the training split'
+        )
     index = torch.tensor([classes.index(c) for c in data.classes])
     return replace(data, targets=index[data.targets], classes=classes)
 

@@ -259,7 +259,9 @@ def list_split(root: str | Path, split: str, hold_out: bool = True) -> Listing:
     images = sorted(walk.images)
     for image in images:
         if image.size > MAX_BYTES:
-            raise UserError(f'{where}: {image.name} has {image.size:,} bytes; {MAX_BYTES:,} are the most of an image')
+            raise UserError(
+                f'{where}: {image.name} has {image.size:,} bytes; {MAX_BYTES:,} are the most of an image; make it smaller'
+            )
     if hold_out and base == source.root:
         images = _hold_out(images, split in TRAIN_SPLITS, where)
     return Listing(source, base, classes, images, [f'{where}: {note}' for note in walk.notes()])
@@ -371,7 +373,7 @@ class _Walk:
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
-    """Give timm's order of classes: 2 before 10, and b before C."""
+    """Give timm's order of classes: 2 before 10, and b before C. timm's own `natural_key` fails on '²'."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r'(\d+)', name.lower()))], name
 
 
@@ -390,7 +392,10 @@ def _hold_out(images: list[_Image], training: bool, where: str) -> list[_Image]:
     kept = []
     for class_name, mine in classes.items():
         if len(mine) < 2:
-            raise UserError(f'{where}: {class_name} has one image; one to train on and one to evaluate are the least')
+            raise UserError(
+                f'{where}: {class_name} has one image; one to train on and one to evaluate are the least: add one, take'
+                f' the class out, or give train/ and test/ folders'
+            )
         mine = sorted(mine, key=lambda image: hashlib.sha256(image.name.encode('utf-8', 'surrogateescape')).digest())
         count = max(1, len(mine) // 5)
         kept += mine[count:] if training else mine[:count]

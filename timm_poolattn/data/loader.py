@@ -103,7 +103,8 @@ class ResidentLoader:
     A crop is one window of an image, and a flip a window of its mirrored copy, which is held too: so a batch is one
     gather of windows of uint8 and one pass that normalises it. On CUDA torch.compile makes them one kernel.
 
-    input: (B, C, H, W) of `img_dtype`, channels_last in memory; target: (B,) int64, or (B, classes) after `mixup`.
+    input: (B, C, H, W) of `img_dtype`, channels_last in memory; target: (B,) int64, or (B, classes)
+    of soft targets or after `mixup`.
 
     Args:
         dataset: what to load.

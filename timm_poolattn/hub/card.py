@@ -124,6 +124,7 @@ def model_card(results: dict[str, Any]) -> ModelCard:
             name=f'{results["model"]}.{tag}',
             metadata=metadata(results).to_yaml(),
             named=tag in DATASETS and HUB_ORG not in os.environ,
+            is_test=tag in DATASETS,
             org=hub_org() if ours else 'ORG',
             data_name=DATASETS[tag]['title'] if tag in DATASETS else tag,
             note=GATE_NOTES[gate] if gate else 'It has no gate: a baseline of the papers.',

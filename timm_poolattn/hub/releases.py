@@ -27,7 +27,7 @@ from ..utils import MissingFileError, UserError, hub_configs_dir, look_up, progr
 from ..version import __version__
 from .card import eval_result, model_card
 from .onnx_files import NEEDED, write_onnx
-from .verification import MODEL_ARGS, check_labels
+from .verification import CONFIG_ARGS, check_labels
 
 _logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def release(
         raise UserError(f'{run_dir}: the run trained {arch}, not {name}; release it as --name {arch}')
     look_up('model', arch, timm.list_models(module=FAMILIES), f'{run_dir}: a release is of one of our models')
     own = timm.model_entrypoint(arch).model_args
-    allowed = {**own, **{k: kwargs.get(k) for k in ('drop_rate', 'drop_path_rate', *MODEL_ARGS)}}
+    allowed = {**own, **{k: kwargs.get(k) for k in CONFIG_ARGS}}
     if differing := {k: v for k, v in kwargs.items() if k not in allowed or v != allowed[k]}:
         raise UserError(f'{run_dir}: trained with --model-kwargs {differing}, which is another network than {arch}')
     if (run.args.get('val_split') or 'validation') in (*TRAIN_SPLITS, run.args.get('train_split')):
@@ -101,7 +101,8 @@ def release(
         )
     if not any('eval_top1' in row for row in curve):  # --val-interval leaves epochs out
         raise UserError(
-            f'{run_dir}: summary.csv has no evaluated epoch; train for more epochs, or with --val-interval 1'
+            f'{run_dir}: summary.csv has no evaluated epoch; train with a --val-split, for more epochs or with'
+            f' --val-interval 1'
         )
     chosen_by = run.args.get('eval_metric') or 'top1'
     if checkpoint == 'last' and 'metric' in saved and saved['epoch'] > curve[-1]['epoch']:

@@ -37,7 +37,7 @@ _ALLOWED = re.compile(
 )
 _OTHER_WEIGHTS = re.compile(r'.*\.(bin|pt|pth|pth\.tar|tar|pkl|pickle|ckpt|npz|h5|onnx|msgpack|safetensors)')
 #: Arguments that timm writes into config.json and that leave the architecture as its name says.
-MODEL_ARGS = {'in_chans', 'num_classes', 'global_pool', 'stem_stride', 'img_size'}
+CONFIG_ARGS = {'in_chans', 'num_classes', 'global_pool', 'stem_stride', 'img_size'}
 #: Keys of config.json, and of its pretrained_cfg: nothing that names a file, an address or code.
 _CONFIG_KEYS = {
     *('architecture', 'num_classes', 'num_features', 'global_pool', 'label_names', 'model_args', 'pretrained_cfg'),
@@ -312,7 +312,7 @@ class _Release:
         if not isinstance(args, dict) or not isinstance(cfg, dict):
             raise UserError('config.json: model_args and pretrained_cfg are mappings')
         own = timm.model_entrypoint(arch).model_args  # the name's own arguments may be repeated
-        if unknown := sorted(k for k in args if k not in MODEL_ARGS and (k not in own or args[k] != own[k])):
+        if unknown := sorted(k for k in args if k not in CONFIG_ARGS and (k not in own or args[k] != own[k])):
             raise UserError(f'config.json: model_args {", ".join(unknown)} would build another network than {arch}')
         if unknown := sorted(cfg.keys() - _PRETRAINED_CFG):
             raise UserError(f'config.json: pretrained_cfg has {", ".join(unknown)}, which is not of a release')
@@ -498,7 +498,12 @@ class _Release:
         claimed, model = self.results['test'], self.model()
         split = split or self.results['arguments'].get('val_split') or 'validation'  # as `Run.load_data`
         for hold_out in (True, False):  # a fine-tuned model's claim is of what was held out, others' of all
-            data = load_data(model, data_dir, split, name=dataset, hold_out=hold_out)
+            try:
+                data = load_data(model, data_dir, split, name=dataset, hold_out=hold_out)
+            except UserError:  # a class of one image, of which none can be held out
+                if not hold_out:
+                    raise
+                continue
             if len(data) == claimed['images']:
                 break
         measured = evaluate(model, data)

@@ -51,6 +51,6 @@ def row_top1(row: dict[str, Any]) -> float | None:
 
 def paper_top1(arch: str, dataset: str) -> float | None:
     """Return the top-1 accuracy in % that the model's own paper prints for it, if any."""
-    rows = (row for row in table_rows() if row['model'] == arch and row['dataset'] == dataset)
+    rows = (row for row in table_rows() if model_args(row)['model_name'] == f'{arch}.{dataset}')
     printed = (row_top1(row) for row in rows if row.get('variant') is None)
     return next((top1 for top1 in printed if top1 is not None), None)

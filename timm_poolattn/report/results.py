@@ -11,6 +11,9 @@ RESULTS_DIR = Path(__file__).parent / 'results'
 #: What train_scripts/insert_gates.py measured, one file for each run.
 INSERTIONS_DIR = RESULTS_DIR / 'insertions'
 
+#: What every run says.
+_KEYS = {'model', 'tag', 'test', 'arguments', 'options', 'epochs', 'seed', 'curve'}
+
 
 def read_results(path: str | Path) -> dict[str, Any]:
     """Read results.json, given as such or by its release folder.
@@ -23,13 +26,13 @@ def read_results(path: str | Path) -> dict[str, Any]:
     file = path / 'results.json' if path.is_dir() else path
     try:
         results = json.loads(file.read_text(encoding='utf-8'))
-        if not {'model', 'tag', 'test', 'arguments', 'curve'} <= results.keys():
+        if not _KEYS <= results.keys() or 'top1' not in results['test']:
             raise ValueError
     except FileNotFoundError:
         raise MissingFileError(f'{file}: no such file; `poolattn hub release` writes one') from None
     except OSError as e:
         raise UserError(f'{file}: cannot be read: {e.strerror}') from None
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         raise UserError(f'{file}: not a results.json of `poolattn hub release`') from None
     return results
 

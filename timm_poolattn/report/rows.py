@@ -50,13 +50,14 @@ def recipe_name(result: dict[str, Any]) -> str:
     return ', '.join([', from '.join([result.get('recipe') or 'own recipe', *source]), *taught])
 
 
-def _training(result: dict[str, Any]) -> str:
+def training_of(result: dict[str, Any]) -> str:
     """Return what runs share that differ in nothing but their model and seed."""
     own = ('seed', 'model', 'model_kwargs', 'initial_checkpoint')
     arguments = {k: v for k, v in result['arguments'].items() if k not in own}
     which = result.get('checkpoint', {}).get('which')
     started = bool(result.get('warm_start'))
-    return json.dumps([result.get('recipe'), started, arguments, result['options'], which], sort_keys=True)
+    how = [result.get('recipe'), started, arguments, result['options'], which, result.get('teacher_weights')]
+    return json.dumps(how, sort_keys=True)
 
 
 def _top1(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -64,6 +65,14 @@ def _top1(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     top1 = [r['test']['top1'] for r in runs]
     spread = round(statistics.stdev(top1), 2) if len(top1) > 1 else None
     return dict(top1=round(statistics.mean(top1), 2), spread=spread, seeds=len({r['seed'] for r in runs}))
+
+
+def _error(*groups: Sequence[dict[str, Any]]) -> float | None:
+    """Return the standard error of the difference of two groups' means; None where one of them is a single run."""
+    top1 = [[r['test']['top1'] for r in runs] for runs in groups]
+    if min(map(len, top1)) < 2:
+        return None
+    return round(math.sqrt(sum(statistics.variance(values) / len(values) for values in top1)), 2)
 
 
 def measured_runs(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -81,11 +90,11 @@ def measured_runs(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> li
     """
     groups = defaultdict(list)
     for r in results_of(args, results):
-        groups[_training(r), r.get('warm_start')].append(r)
+        groups[training_of(r), r.get('warm_start')].append(r)
     plain = defaultdict(list)
     if groups and (backbone := _plain_of(args)):
         for r in results_of(backbone, results):
-            plain[_training(r)].append(r)
+            plain[training_of(r)].append(r)
     released = released_results() if groups else {}
     measured = []
     for (training, _), runs in groups.items():
@@ -104,10 +113,7 @@ def measured_runs(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> li
         )
         if plain[training]:
             other = _top1(plain[training])
-            error = None
-            if entry['spread'] is not None and other['spread'] is not None:
-                error = round(math.hypot(*(of['spread'] / math.sqrt(of['seeds']) for of in (entry, other))), 2)
-            difference = round(entry['top1'] - other['top1'], 2)
+            difference, error = round(entry['top1'] - other['top1'], 2), _error(runs, plain[training])
             entry['gain'] = dict(difference=difference, error=error, plain_seeds=other['seeds'])
         measured.append(entry)
     return sorted(measured, key=lambda m: (-m['epochs'], -m['seeds']))

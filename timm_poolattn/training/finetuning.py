@@ -1,6 +1,7 @@
 """Fine-tuning to a folder of one's own classes: train, keep the best epoch, say what it gets right and wrong."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ def finetune(data_dir: str | Path, argv: Sequence[str] = (), **options) -> Finet
     parser.add_argument('--data-dir')
     parser.add_argument('--num-classes')
     args = parser.parse_known_args(list(argv))[0]
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise UserError('finetune: is one process; `train --recipe finetune` takes several')
     if args.data_dir or args.num_classes:
         raise UserError('finetune: the images given say --data-dir and --num-classes; leave them out')
     if not args.val_split:

@@ -1,6 +1,7 @@
 """A folder that belongs to one run, and run.json in it: what was trained, how, on what and for how long."""
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -24,6 +25,8 @@ try:
     import fcntl
 except ModuleNotFoundError:  # Windows, where nothing keeps two runs from one folder while they are in its first epoch
     fcntl = None
+
+_logger = logging.getLogger(__name__)
 
 
 def new_folder(output: Path, name: str) -> Path:
@@ -137,9 +140,10 @@ class Record:
             part = {k: before.get(k, {}) for k in ('arguments', 'options')}
             part['after_epochs'] = read_checkpoint(resume)['epoch'] + 1
             self.facts['resumed'] = [*before.get('resumed', []), part]
+            if changes := _changes(before, json.loads(json.dumps(facts))):
+                _logger.warning(f'--resume: not as before: {", ".join(changes)}')
             self.facts = {**{k: before[k] for k in ('warm_start', 'classes') if k in before}, **self.facts}
             self.seconds_before = before.get('wall_time_s', 0)
-        self.written = False
         if not before:
             self.write()
 
@@ -152,7 +156,16 @@ class Record:
         """Write run.json as of now."""
         facts = dict(self.facts, wall_time_s=round(self.seconds_before + self.seconds))
         write_text(self.path, json.dumps(facts, indent=2) + '\n')
-        self.written = True
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return what differs among the arguments and options of two records."""
+    old, new = ({**record.get('arguments', {}), **record.get('options', {})} for record in (before, now))
+    return [
+        f'{k} {old.get(k, "not given")} -> {new.get(k, "not given")}'
+        for k in sorted({*old, *new})
+        if old.get(k) != new.get(k)
+    ]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Guard:
 
     Each epoch starts from random states that are a function of the seed, the epoch and the rank alone. An epoch that
     is repeated after a kill so repeats its mixup, erasing, dropout and drop path. A loss that is not finite stops the
-    run. Ctrl-C takes effect between two updates, never within one.
+    run. Ctrl-C takes effect between two updates, never within one or while a checkpoint is written.
 
     Args:
         seed: train.py's.
@@ -104,6 +104,7 @@ class Guard:
         self.saver = None  # train.py's, which the primary process alone has
         self.started = self.training = False  # started: training has begun, and what ends it is no wrong argument
         self.interrupts = 0
+        self.saving = False
 
     def around(self, train_one_epoch: Callable) -> Callable:
         """Guard train.py's train_one_epoch."""
@@ -157,7 +158,7 @@ class Guard:
 
         def interrupt(signum, frame) -> None:
             self.interrupts += 1
-            if not self.training or self.interrupts > 1:
+            if not (self.training or self.saving) or self.interrupts > 1:
                 raise KeyboardInterrupt
 
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -179,14 +180,19 @@ class Guard:
         """
 
         def saving(*args, **kwargs):
+            before, self.saving = self.interrupts, True
             try:
                 result = save(*args, **kwargs)
                 for path in (*self._folder().glob('*.pth.tar'), self._folder()):
                     sync(path)
                 self.on_save()
-                return result
             except (OSError, RuntimeError, UserError) as e:
                 raise self._not_saved(e) from e
+            finally:
+                self.saving = False
+            if self.interrupts > before:
+                raise KeyboardInterrupt
+            return result
 
         return saving
 

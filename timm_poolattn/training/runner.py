@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from timm.data import resolve_data_config
 from timm.data.readers.class_map import load_class_map
 from timm.models import load_checkpoint, safe_model_name
+from timm.optim import SGDW
 from timm.task import TrainingTask
 from torch import nn
 from torch.optim import Optimizer
@@ -31,7 +32,7 @@ from .penalty import PenaltyMixin, with_penalty
 from .records import Record, new_folder, own_folder
 from .recovery import Guard, check_checkpoint, newest_checkpoint
 from .runs import read_curve
-from .soft_targets import soft_targets
+from .soft_targets import soft_targets, weight_hashes
 from .timm_script import find_train_script, load_train_script
 from .warm_starts import without_place
 
@@ -74,10 +75,11 @@ def train(
         teachers: trained models whose `soft_targets` take the place of the classes and of label smoothing.
 
     The output folder belongs to one run. It gets, beside what timm writes, `run.json`: the recipe (the name of
-    --config's file), the source of a warm start, the arguments that are not train.py's defaults, the classes, seed,
-    versions, hardware and wall time.
+    --config's file), the source of a warm start, the arguments that are not train.py's defaults, the teachers' hashes,
+    the classes, seed, versions, hardware and wall time.
 
-    `--resume auto` goes on from the newest whole checkpoint in the folder of --experiment, if there is one.
+    `--resume auto` goes on from the newest whole checkpoint in the folder of --experiment, if there is one. Several
+    machines must see the same folder.
 
     Raises:
         UserError: arguments that cannot be right, found before anything long is begun: a misspelt name, a missing or
@@ -131,6 +133,7 @@ def train(
     facts['options'] = dict(resident=resident, crop_padding=crop_padding, penalty_weight=penalty_weight)
     if teachers:
         facts['options']['teacher'] = [without_place(name) for name in teachers]
+        facts['teacher_weights'] = weight_hashes(teachers)
     if args.device == 'cpu' and rank == 0:
         print(_say_bfloat16(args.amp and args.amp_dtype == 'bfloat16'))
     handlers_before = logging.root.handlers[:]  # main adds its own each time
@@ -165,6 +168,8 @@ def train(
         except torch.OutOfMemoryError as e:
             raise UserError(f'--batch-size {args.batch_size}: {args.device} has not the memory; give less') from e
         except Exception as e:  # of timm's and torch's own kinds
+            if guard.interrupts:  # which may end a loader's workers first
+                raise KeyboardInterrupt(guard.save_interrupted()) from e
             if guard.started:
                 raise
             what = str(e) or traceback.extract_tb(e.__traceback__)[-1].line or ''  # of a bare assert, its line
@@ -221,7 +226,10 @@ def _check_data(args: argparse.Namespace) -> list[str]:
 
 def _check_known(classes: list[str], trained: list[str], root: str) -> None:
     if unknown := [name for name in classes if name not in trained]:
-        raise UserError(f'{root}: validation has classes that are not trained on: {", ".join(unknown[:5])}')
+        raise UserError(
+            f'{root}: validation has classes that are not trained on: {", ".join(unknown[:5])}; take them out, or add'
+            f' them to the training split'
+        )
 
 
 def _note_classes(
@@ -247,7 +255,8 @@ def _note_classes(
         if (before := record.facts.get('classes', classes)) != classes:
             said = f'{n} ({classes[0]}, ...), not the {len(before)} ({before[0]}, ...)'
             raise UserError(
-                f'{args.data_dir or args.data}: its classes are {said} that the run to resume is trained on'
+                f'{args.data_dir or args.data}: its classes are {said} that the run to resume is trained on; give its'
+                f' data, or leave out --resume and name another --experiment'
             )
         record.facts['classes'] = classes
 
@@ -325,7 +334,7 @@ def _create_optimizer(tasks: list[TrainingTask], create: Callable[..., Optimizer
     """Call timm's create_optimizer_v2. If steps do not follow the gradient's size, the task has the penalty."""
     optimizer = create(*args, **kwargs)
     inner = getattr(optimizer, '_base_optimizer', optimizer)  # private: Lookahead runs no hooks, what it wraps does
-    if not isinstance(inner, torch.optim.SGD):
+    if not isinstance(inner, torch.optim.SGD | SGDW):
         tasks[-1].decouple(inner)
     return optimizer
 
@@ -374,14 +383,11 @@ def _create_dataset(
         UnpicklingError,
     ) as e:  # the last of a class map
         raise UserError(f'--data-dir {root}: {" ".join(str(e).split())[:300]}') from e
-    if (
-        is_training
-        and not getattr(args, 'naflex_loader', False)
-        and hasattr(dataset, '__len__')
-        and len(dataset) < args.batch_size
-    ):
-        n = len(dataset)
-        raise UserError(f'--batch-size {args.batch_size}: {n} images to train on are not one batch; give at most {n}')
+    if is_training and not getattr(args, 'naflex_loader', False) and hasattr(dataset, '__len__'):
+        n = len(dataset) // int(os.environ.get('WORLD_SIZE', 1))  # of each process
+        if n < args.batch_size:
+            remedy = f'give at most {n}' if n else 'there must be an image for each process'
+            raise UserError(f'--batch-size {args.batch_size}: {n} images to train on are not one batch; {remedy}')
     if index and is_training:
         note(sorted(index, key=index.get), args.num_classes)
     return dataset

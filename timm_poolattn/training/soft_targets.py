@@ -5,13 +5,14 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from timm.models import safe_model_name
 from torch.nn import functional as F
 
 from ..data import ImageData, evaluation_config
 from ..inference import evaluation_loader, label_names, load_pretrained, view_of
 from ..utils import UserError, cache_dir, progress, replacing
+from .warm_starts import without_place
 
 _logger = logging.getLogger(__name__)
 
@@ -43,6 +44,19 @@ def soft_targets(
     return F.pad(mean, (0, num_classes - len(data.classes)))
 
 
+def weight_hashes(teachers: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of each teacher's weights: a release's `data_sha256`, by which its results.json names them.
+
+    Raises:
+        UserError: as `load_pretrained`.
+    """
+    hashes = {}
+    for name in teachers:
+        file = save({key: weight.contiguous() for key, weight in load_pretrained(name).state_dict().items()})
+        hashes[without_place(name)] = hashlib.sha256(file[8 + int.from_bytes(file[:8], 'little') :]).hexdigest()
+    return hashes
+
+
 @torch.no_grad()  # not inference_mode, whose tensors take no part in a loss
 def _probabilities(name: str, data: ImageData, device: torch.device | str) -> torch.Tensor:
     """Return what one teacher gives, (N, classes): of the classes that the data have, which share the others' part."""
@@ -57,7 +71,7 @@ def _probabilities(name: str, data: ImageData, device: torch.device | str) -> to
     except UserError as e:
         raise UserError(f'--teacher {name}: {e}') from e
     labels = label_names(model) or data.classes
-    digest = hashlib.sha256(f'{data.classes} {labels} {evaluation_config(model)}'.encode())
+    digest = hashlib.sha256(f'{data.classes} {labels} {evaluation_config(model)} {model}'.encode())
     for tensor in (data.images, *model.state_dict().values()):
         digest.update(tensor.contiguous().numpy())
     path = cache_dir() / f'{safe_model_name(name)[:40]}-{digest.hexdigest()[:16]}.safetensors'

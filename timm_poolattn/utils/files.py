@@ -48,11 +48,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         folder, lock = _own_folder(path)
     try:
         with _refusals(path):
+            os.umask(mask := os.umask(0o077))  # there is no way to read it alone
             temp = folder / path.name
             yield temp
             for file in [temp] if temp.is_file() else temp.rglob('*'):
                 if file.suffix == '.safetensors':
-                    file.chmod(0o644)  # which safetensors leaves to the user alone
+                    file.chmod(0o666 & ~mask)  # as any other file; safetensors leaves it to the user alone
                 sync(file)
             if path.is_dir() and temp.is_file():
                 raise UserError(f'{path}: is a folder; name a file')
