@@ -344,6 +344,7 @@ def test_no_pickle_is_loaded(run_dir, tmp_path):
 def test_paper_top1():
     assert paper_top1('resnet20_saam', 'cifar10') == 92.6
     assert paper_top1('resnet20_fa', 'cifar10') == 92.68  # printed as an error of 7.32
+    assert paper_top1('cifar_vgg19', 'cifar10') == 92.66  # the paper's VGG-19: timm owns the plain name
     assert paper_top1('resnet20_spem', 'cifar10') is None
 
 

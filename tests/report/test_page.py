@@ -121,6 +121,14 @@ class TestRows:
         assert entry['gain'] == dict(difference=0.6, error=pytest.approx(error, abs=0.01), plain_seeds=2)
         (entry,) = measured_runs(args, [*gated, {**plain[0], 'recipe': 'another'}])
         assert entry['gain'] is None
+        taught = {**plain[0], 'teacher_weights': dict(resnet20='another')}
+        assert measured_runs(args, [*gated, taught])[0]['gain'] is None
+
+    def test_a_seed_that_ran_twice_is_two_runs(self, some_runs):
+        twice = [dict(r, seed=1) for r in some_runs[1:3]]
+        plain = [{**r, 'model': 'resnet20'} for r in twice]
+        (entry,) = measured_runs(dict(model_name='resnet20_saam.cifar10'), [*twice, *plain])
+        assert entry['seeds'] == 1 and entry['gain']['error'] == pytest.approx((2 * 0.08 / 2) ** 0.5, abs=0.01)
 
     def test_rate(self, some_runs):
         macs = list_models('resnet20_saam')[0]['multiply_adds']

@@ -27,18 +27,15 @@ from ..cli.test_cli import fails, run
 
 @pytest.fixture
 def run_dir(tmp_path):
-    """Four epochs of SPEM, evaluated every second one, by timm's own writer."""
+    """Four epochs of SPEM, evaluated every second one, by timm's own writer; train.py writes no row of the others."""
     from timm.utils import update_summary
 
     folder = tmp_path / 'runs' / 'mine'
     folder.mkdir(parents=True)
-    evaluated = False
-    for epoch in range(4):
+    for epoch in (1, 3):
         train = dict(loss=2.0 - epoch / 4, penalty=4.5, mean_lambda=0.5 + epoch / 10)
-        result = dict(loss=1.5, top1=60.0 + epoch, top5=90.0) if epoch % 2 else None
-        path = folder / 'summary.csv'
-        update_summary(epoch, train, result, path, lr=0.1 / (epoch + 1), write_header=not evaluated)  # as train.py does
-        evaluated = evaluated or bool(result)
+        result = dict(loss=1.5, top1=60.0 + epoch, top5=90.0)
+        update_summary(epoch, train, result, folder / 'summary.csv', lr=0.1 / (epoch + 1), write_header=epoch == 1)
     return folder
 
 
@@ -50,9 +47,9 @@ def lines(figure, title):
 class TestCurves:
     def test_epochs_without_evaluation(self, run_dir):
         curve = find_curve(run_dir)
-        assert [row['epoch'] for row in curve] == [0, 1, 2, 3]
-        assert [row.get('eval_top1') for row in curve] == [None, 61, None, 63]
-        assert [row['lr'] for row in curve] == [0.1, 0.05, 0.1 / 3, 0.025]
+        assert [row['epoch'] for row in curve] == [1, 3]
+        assert [row['eval_top1'] for row in curve] == [61, 63]
+        assert [row['lr'] for row in curve] == [0.05, 0.025]
 
     def test_what_is_drawn(self, run_dir):
         released_curve = find_curve(released()['resnet20_saam.cifar10'])
@@ -60,7 +57,7 @@ class TestCurves:
         mine, theirs = lines(figure, 'top-1 error on the test set (%)')
         assert mine == ([1, 3], [39, 37])
         assert theirs[1] == [pytest.approx(100 - row['eval_top1']) for row in released_curve]
-        assert lines(figure, r'SPEM: mean $\lambda$ of the blocks')[0] == ([0, 1, 2, 3], [0.5, 0.6, 0.7, 0.8])
+        assert lines(figure, r'SPEM: mean $\lambda$ of the blocks')[0] == ([1, 3], [0.6, 0.8])
         assert len({tuple(ax.get_xlim()) for ax in figure.axes if ax.get_title()}) == 1  # shared
         without = curves_figure({'theirs': released_curve})
         assert [ax.get_title() for ax in without.axes] == ['top-1 error on the test set (%)', 'loss', 'learning rate']
@@ -89,7 +86,7 @@ class TestCurves:
         assert {'a/x/run', 'b/x/run', '0', '8'} <= set(says) and 'test set' in says
 
     def test_one_epoch_is_a_point_that_shows(self, run_dir):
-        figure = curves_figure({name: find_curve(run_dir)[3:] for name in 'ab'})
+        figure = curves_figure({name: find_curve(run_dir)[1:] for name in 'ab'})
         lines = figure.axes[0].get_lines()
         assert {line.get_marker() for line in lines} == {'o', 's'} and {line.get_mfc() for line in lines} == {'none'}
         figure.savefig(svg := io.StringIO(), format='svg')
@@ -106,7 +103,7 @@ class TestCurves:
         (tmp_path / 'x.json').write_text('[]')
         assert 'not a results.json' in fails('plot', 'curves', tmp_path / 'x.json', '-o', out)
         assert 'a figure is .png, .svg or .pdf' in fails('plot', 'curves', run_dir, '-o', tmp_path / 'x.docx')
-        of_run = dict(model='x', tag='cifar10', test={}, arguments={})
+        of_run = result('x', 90.0)
         for curve in (5, [5], [dict(loss=1.0)], [dict(epoch='one')]):
             (tmp_path / 'x.json').write_text(json.dumps(dict(of_run, curve=curve)))
             assert 'not one of numbers by epoch' in fails('plot', 'curves', tmp_path / 'x.json', '-o', out)
@@ -136,7 +133,8 @@ class TestLambda:
 
 def result(model, top1, tag='cifar10', seed=0, **gate_kwargs):
     arguments = dict(lr=0.1, seed=seed, **(dict(model_kwargs=dict(gate_kwargs=gate_kwargs)) if gate_kwargs else {}))
-    return dict(model=model, tag=tag, test=dict(top1=top1), epochs=164, arguments=arguments, options={}, curve=[])
+    test = dict(top1=top1)
+    return dict(model=model, tag=tag, test=test, epochs=164, arguments=arguments, options={}, curve=[], seed=seed)
 
 
 class TestAblation:
@@ -173,6 +171,13 @@ class TestAblation:
             'resnet56, 164 epochs (2)',
         ]
         assert not ablation_points('paths', [runs[0], longer[1]])['cifar10']
+
+    def test_other_networks_and_another_epochs_weights_are_series_of_their_own(self):
+        runs = [result('resnet20_spem', 92.0), result('resnet20_spem', 91.0, fixed_lambda=0.3)]
+        others = [result('resnet20_spem', 50.0, reweight='max'), {**runs[0], 'checkpoint': dict(which='best')}]
+        others.append(result('resnet20_spem', 60.0, reweight='max', fixed_lambda=0.3))
+        points = ablation_points('lambda', runs + others)['cifar10']
+        assert [*points.values()] == [{'learned': [92.0], 0.3: [91.0]}, {'learned': [50.0], 0.3: [60.0]}]
 
     def test_command(self, tmp_path):
         for k in (1, 2):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import yaml
 from safetensors.torch import save_file
 
 from timm_poolattn.models.cifar_resnet import CifarResNet
-from timm_poolattn.training import read_curve, read_run, train
+from timm_poolattn.training import finetune, read_curve, read_run, train
 from timm_poolattn.training.arguments import check_arguments, parse_arguments
 from timm_poolattn.training.records import new_folder, own_folder
+from timm_poolattn.training.runner import _create_dataset
 from timm_poolattn.training.timm_script import load_train_script
 from timm_poolattn.utils import MissingFileError, UserError
 
@@ -226,6 +228,15 @@ def test_less_than_a_batch_in_timms_loader(train_script, image_folder, tmp_path)
     options = ['--num-classes', 2, '--workers', 0, '-b', 17]
     match = '--batch-size 17: 16 images to train on are not one batch; give at most 16'
     refused(train_script, image_folder, tmp_path, *options, match=match, resident=False)
+
+
+def test_less_than_a_batch_for_each_process(image_folder, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    args = Namespace(batch_size=9, train_split='train', model='resnet20', crop_pct=None)
+    with pytest.raises(UserError, match='--batch-size 9: 8 images to train on are not one batch; give at most 8'):
+        _create_dataset(args, None, None, '', image_folder, 'train', is_training=True)
+    with pytest.raises(UserError, match='finetune: is one process'):
+        finetune(image_folder, [])
 
 
 def test_fewer_classes_than_the_model_if_the_user_says_so(train_script, cifar10_few, tmp_path):

@@ -143,16 +143,18 @@ def test_a_pruned_p_keeps_its_penalty():
     assert all(gate.p_orig.grad.abs().sum() == 2 * 0.5 for gate in task.gates)
 
 
-@pytest.mark.parametrize('opt', ['momentum', 'adamw', 'lookahead_momentum', 'lookahead_adamw'])
-def test_lookahead_takes_the_penalty_of_what_it_wraps(opt):
+@pytest.mark.parametrize('opt', ['momentum', 'sgdw', 'adamw', 'lookahead_momentum', 'lookahead_adamw'])
+def test_who_takes_the_penaltys_step(opt):
+    """Any SGD has it in the gradient; of Lookahead, what it wraps says it."""
     model = timm.create_model('resnet20_spem').eval()
     task = PenaltyTask(model, nn.CrossEntropyLoss(), penalty_weight=0.1)
     optimizer = _create_optimizer([task], create_optimizer_v2, model, opt, lr=0.01)
     assert task.decoupled == opt.endswith('adamw')
     task(INPUT, TARGET)['loss'].backward()
     optimizer.step()
+    steps = 1.9 if opt == 'sgdw' else 1  # the first of Nesterov's with momentum 0.9
     for gate in task.gates:
-        torch.testing.assert_close(gate.p.data, torch.full((2,), 0.5 * (1 - 0.01 * 2 * 0.1)))
+        torch.testing.assert_close(gate.p.data, torch.full((2,), 0.5 * (1 - steps * 0.01 * 2 * 0.1)))
 
 
 @pytest.mark.parametrize('name', ['resnet20_saam', 'resnet20'])

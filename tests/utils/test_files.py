@@ -4,6 +4,8 @@ import signal
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from timm_poolattn.utils import UserError, files, remove_leftovers, replacing, write_text
 
@@ -73,6 +75,18 @@ def test_a_folder_that_is_taken_for_a_leftover(tmp_path, monkeypatch):
     monkeypatch.setattr(files, '_lock', slow_lock)
     write_text(path, 'new')
     assert path.read_text() == 'new' and os.listdir(tmp_path) == ['a']
+
+
+@pytest.mark.parametrize('mask', [0o077, 0o022])
+def test_who_may_read_weights_follows_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with replacing(tmp_path / 'x.safetensors') as temp:
+            save_file(dict(x=torch.zeros(1)), temp)
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert (tmp_path / 'x.safetensors').stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_a_link_stays_one(tmp_path):

@@ -260,7 +260,8 @@ def list_split(root: str | Path, split: str, hold_out: bool = True) -> Listing:
     for image in images:
         if image.size > MAX_BYTES:
             raise UserError(
-                f'{where}: {image.name} has {image.size:,} bytes; {MAX_BYTES:,} are the most of an image; make it smaller'
+                f'{where}: {image.name} has {image.size:,} bytes; {MAX_BYTES:,} are the most of an image;'
+                f' make it smaller'
             )
     if hold_out and base == source.root:
         images = _hold_out(images, split in TRAIN_SPLITS, where)

@@ -26,7 +26,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
     file = path / 'results.json' if path.is_dir() else path
     try:
         results = json.loads(file.read_text(encoding='utf-8'))
-        if not _KEYS <= results.keys() or 'top1' not in results['test']:
+        if not results.keys() >= _KEYS or 'top1' not in results['test']:
             raise ValueError
     except FileNotFoundError:
         raise MissingFileError(f'{file}: no such file; `poolattn hub release` writes one') from None

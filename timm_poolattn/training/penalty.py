@@ -39,8 +39,8 @@ class PenaltyMixin:
         Adam and its like divide a gradient by its size. lambda (Eq. 3) does not change with the length of p, so that
         for many updates the penalty's gradient, 2 eta p, is nearly all that p has: such an optimizer would drive p to
         0 at full speed, and then beyond. So after each update p becomes p - lr * 2 eta p, which is the penalty's step
-        of SGD without momentum; AdamW treats its weight decay in the same way (https://arxiv.org/abs/1711.05101). p has a group of its
-        own, without weight decay.
+        of SGD without momentum; AdamW treats its weight decay in the same way (https://arxiv.org/abs/1711.05101). p has
+        a group of its own, without weight decay.
         """
         own = {gate.p for gate in self.gates if getattr(gate, 'p', None) is not None and gate.p.requires_grad}
         # a pruned or parametrised p is made from what the optimizer trains: then the penalty stays in the loss

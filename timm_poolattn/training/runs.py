@@ -215,9 +215,9 @@ def model_weights(saved: dict[str, Any], ema: bool = False) -> dict[str, torch.T
 def read_curve(folder: str | Path) -> list[dict[str, float]]:
     """Return the whole rows of a run's summary.csv, one an epoch, in order; none where the file is empty or missing.
 
-    timm writes the header again where a run resumes, and leaves out the `eval_...` columns that an epoch does not
-    have. A row that was cut, by a kill or a full disk, is left out. A run that was killed between an epoch's row and
-    its checkpoint repeats that epoch; one that was resumed from an earlier checkpoint repeats all that came after.
+    timm writes the header again where a run resumes, and no row of an epoch that --val-interval leaves out. A row that
+    was cut, by a kill or a full disk, is left out. A run that was killed between an epoch's row and its checkpoint
+    repeats that epoch; one that was resumed from an earlier checkpoint repeats all that came after.
     """
     path = Path(folder, 'summary.csv')
     text = path.read_text(errors='replace') if path.is_file() else ''
@@ -225,16 +225,13 @@ def read_curve(folder: str | Path) -> list[dict[str, float]]:
     # a resumed run's header may follow a cut row on its line
     lines = [f'epoch,{line.rpartition("epoch,")[2]}' if 'epoch,' in line else line for line in lines]
     rows = [line.strip().split(',') for line in lines]
-    longest = max((row for row in rows if row[0] == 'epoch'), key=len, default=[])
     header, curve = [], []
     for row in rows:
         if row[0] == 'epoch':
             header = row
             continue
-        layouts = (header, longest, [name for name in longest if not name.startswith('eval_')])
-        names = next((names for names in layouts if len(names) == len(row)), None)
         try:
-            epoch = {name: float(value) for name, value in zip(names or (), row, strict=True)}
+            epoch = {name: float(value) for name, value in zip(header, row, strict=True)}
             int(epoch['epoch'])
         except (ValueError, OverflowError):
             continue
