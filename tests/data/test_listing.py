@@ -110,8 +110,9 @@ def test_what_is_no_image_is_counted(read, image_folder):
     )
     listing = read()
     assert names(listing) == EIGHT
-    (note,) = listing.notes
-    assert 'passed over 8 ' in note and 'first cat/a.heic' in note
+    images, others = listing.notes
+    assert 'passed over 4 images in .avif, .gif, .heic, .webp, first cat/a.heic: make them PNG' in images
+    assert 'passed over 4 that are no images' in others and 'first cat/gone.png' in others
 
 
 def test_a_class_whose_name_is_no_text(read, image_folder):
@@ -149,16 +150,43 @@ def test_an_unreadable_folder_is_named(image_folder):
 def test_a_held_out_image_whose_name_is_no_utf8(image_folder):
     folder = os.fsencode(image_folder / 'train' / 'cat')
     os.rename(folder + b'/0.png', folder + b'/caf\xe9.png')
-    assert len(list_split(image_folder / 'train', 'test').images) == 2
+    sides = [list_split(image_folder / 'train', split).images for split in ('train', 'test')]
+    assert sum(map(len, sides)) == 16
 
 
 def test_a_folder_of_classes(read, image_folder):
     """It is a split itself, or of it a part is held out."""
     train, root = read(root=image_folder / 'train', split='train'), image_folder / 'train'
     held_out = read('test', root)
-    assert len(train.images) == 14 and len(held_out.images) == 2
+    assert len(train.images) + len(held_out.images) == 16 and len(held_out.images) >= 2
     assert not set(train.images) & set(held_out.images)
     assert len(read('test', root, hold_out=False).images) == 16 == len(read('train', root, hold_out=False).images)
+
+
+@pytest.mark.parametrize('n', [2, 3, 40, 400])
+def test_who_is_held_out_stays_so(tmp_path, n):
+    """When others come. It is about a fifth, and never all or none."""
+    folder = tmp_path / 'cat'
+    folder.mkdir()
+    (tmp_path / 'dog').mkdir()
+    for name in ('cat', 'dog'):
+        for i in range(n):
+            (tmp_path / name / f'{i}.png').write_bytes(b'')
+    names = lambda split: {image.name for image in list_split(tmp_path, split).images}  # noqa: E731
+    train, held = names('train'), names('test')
+    assert not train & held and len(train | held) == 2 * n
+    assert 2 <= len(held) <= 2 * (n - 1) and (n < 400 or 0.15 < len(held) / 2 / n < 0.25)
+    for i in range(n, 2 * n):
+        (folder / f'{i}.png').write_bytes(b'')
+    assert not train & names('test')
+
+
+def test_images_of_other_formats_are_named_as_such(image_folder):
+    for name in ('a.webp', 'b.GIF', 'Thumbs.db'):
+        (image_folder / 'train' / 'cat' / name).write_bytes(b'')
+    notes = list_split(image_folder, 'train').notes
+    assert notes[0].endswith('passed over 2 images in .gif, .webp, first cat/a.webp: make them PNG or JPEG')
+    assert notes[1].endswith('passed over 1 that are no images or not of this split, first cat/Thumbs.db')
 
 
 def add(tar, name, blob=b'', **attributes):

@@ -54,13 +54,13 @@ class TestCurves:
     def test_what_is_drawn(self, run_dir):
         released_curve = find_curve(released()['resnet20_saam.cifar10'])
         figure = curves_figure({'mine': find_curve(run_dir), 'theirs': released_curve})
-        mine, theirs = lines(figure, 'top-1 error on the test set (%)')
+        mine, theirs = lines(figure, 'top-1 error in evaluation (%)')
         assert mine == ([1, 3], [39, 37])
         assert theirs[1] == [pytest.approx(100 - row['eval_top1']) for row in released_curve]
         assert lines(figure, r'SPEM: mean $\lambda$ of the blocks')[0] == ([1, 3], [0.6, 0.8])
         assert len({tuple(ax.get_xlim()) for ax in figure.axes if ax.get_title()}) == 1  # shared
         without = curves_figure({'theirs': released_curve})
-        assert [ax.get_title() for ax in without.axes] == ['top-1 error on the test set (%)', 'loss', 'learning rate']
+        assert [ax.get_title() for ax in without.axes] == ['top-1 error in evaluation (%)', 'loss', 'learning rate']
 
     def test_command(self, run_dir, tmp_path):
         out = tmp_path / 'curves.svg'
@@ -83,7 +83,7 @@ class TestCurves:
         drawn = {(line.get_color(), line.get_marker()) for line in legend.get_lines()[:-2]}
         assert len(drawn) == 12
         says = re.findall(r'<!-- (.*?) -->', out.read_text())
-        assert {'a/x/run', 'b/x/run', '0', '8'} <= set(says) and 'test set' in says
+        assert {'a/x/run', 'b/x/run', '0', '8'} <= set(says) and 'evaluation' in says
 
     def test_one_epoch_is_a_point_that_shows(self, run_dir):
         figure = curves_figure({name: find_curve(run_dir)[1:] for name in 'ab'})

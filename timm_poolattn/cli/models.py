@@ -141,6 +141,7 @@ def explain(images, name: str, compare, out) -> None:
     """Draw what a model and its gates see.
 
     One figure for each of IMAGES has the predictions, Grad-CAM of the likeliest classes, and the gates of every block.
+    It takes the place of an older figure of the same name.
     """
     require('explain', 'matplotlib', 'captum')
     from ..explain.figures import explain

@@ -91,8 +91,8 @@ def load_images(
         download: let torchvision download CIFAR into `root`.
         view: how the images are brought to a model's size. Default: as they are in RGB, which must be one size.
         classes: what the targets are indices into, where the split may hold a few of them only. Default: its own.
-        hold_out: of a root with the classes right in it, a fifth of each class is for evaluation alone and the rest
-            for training alone; or else all of it is the split.
+        hold_out: of a root with the classes right in it, about a fifth of each class is for evaluation alone and the
+            rest for training alone, by the images' names; or else all of it is the split.
 
     Raises:
         MissingFileError: no `root`, or no such split in it.

@@ -10,10 +10,11 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from posixpath import join, normpath
 from typing import NamedTuple
 
+from PIL.Image import registered_extensions
 from timm.data import get_img_extensions
 
 from ..utils import MissingFileError, UserError
@@ -364,10 +365,13 @@ class _Walk:
 
     def notes(self) -> list[str]:
         notes = []
-        if self.passed:
-            notes.append(
-                f'passed over {len(self.passed)} that are no images or not of this split, first {self.passed[0]}'
-            )
+        suffixes = {*registered_extensions(), '.heic', '.heif'} - _EXTENSIONS  # Pillow knows those by a plug-in
+        others = [name for name in self.passed if PurePosixPath(name).suffix.lower() in suffixes]
+        if others:
+            formats = ', '.join(sorted({PurePosixPath(name).suffix.lower() for name in others}))
+            notes.append(f'passed over {len(others)} images in {formats}, first {others[0]}: make them PNG or JPEG')
+        if passed := [name for name in self.passed if name not in {*others}]:
+            notes.append(f'passed over {len(passed)} that are no images or not of this split, first {passed[0]}')
         if self.outside:
             notes.append(f'followed {len(self.outside)} links out of the split, first {self.outside[0]}')
         return notes
@@ -382,10 +386,17 @@ def _is_below(place: str, folder: str) -> bool:
     return not folder or place == folder or place.startswith(f'{folder.rstrip("/")}/')
 
 
-def _hold_out(images: list[_Image], training: bool, where: str) -> list[_Image]:
-    """Take every fifth image of each class for evaluation, at least one, the others for training.
+def _hash(image: _Image) -> float:
+    """Return a number in [0, 1) that its name alone decides."""
+    digest = hashlib.sha256(image.name.encode('utf-8', 'surrogateescape')).digest()
+    return int.from_bytes(digest[:6], 'big') / 2**48
 
-    They are taken in the order of their names' hashes, so that it does not depend on how the names are sorted.
+
+def _hold_out(images: list[_Image], training: bool, where: str) -> list[_Image]:
+    """Take about a fifth of each class for evaluation, and the others for training; at least one for each.
+
+    An image's name alone says where it goes, by a hash. So an image stays on its side when others come, and a model is
+    not evaluated later on what it was trained on.
     """
     classes: dict[str, list[_Image]] = {}
     for image in images:
@@ -397,7 +408,7 @@ def _hold_out(images: list[_Image], training: bool, where: str) -> list[_Image]:
                 f'{where}: {class_name} has one image; one to train on and one to evaluate are the least: add one, take'
                 f' the class out, or give train/ and test/ folders'
             )
-        mine = sorted(mine, key=lambda image: hashlib.sha256(image.name.encode('utf-8', 'surrogateescape')).digest())
-        count = max(1, len(mine) // 5)
+        mine = sorted(mine, key=_hash)
+        count = min(max(1, sum(_hash(image) < 0.2 for image in mine)), len(mine) - 1)
         kept += mine[count:] if training else mine[:count]
     return sorted(kept)

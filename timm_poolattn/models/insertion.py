@@ -201,7 +201,7 @@ def _has_own(module: nn.Module, name: str) -> bool:
 def _refusal(model: nn.Module, reason: str) -> UserError:
     return UserError(
         f'{type(model).__name__} cannot carry the gate: {reason};'
-        " timm's resnet, resnetv2, resnext, regnet, convnext and efficientnet can"
+        " most of timm's resnet, resnetv2, resnext, regnet, convnext and efficientnet can"
     )
 
 

@@ -15,7 +15,8 @@ def list_models(filter: str = '*', *, trained: bool = False) -> list[dict[str, A
     """Return our models, by family and in order of name.
 
     Args:
-        filter: a name, with the tag of its weights or without, or a pattern as in timm.list_models.
+        filter: a name, with the tag of its weights or without, or a pattern as in timm.list_models; one with a dot is
+            of both.
         trained: list those with weights alone.
 
     Returns:
@@ -33,7 +34,8 @@ def list_models(filter: str = '*', *, trained: bool = False) -> list[dict[str, A
             tag: 'packaged' if (folders[release] / 'model.safetensors').is_file() else 'download'
             for tag, (release, _) in of_tag.items()
         }
-        matches = any(fnmatchcase(n, filter or '*') for n in (name, *(f'{name}.{tag}' for tag in top1)))
+        full_names = [f'{name}.{tag}' for tag in top1] if '.' in (filter or '') else []  # *fa* is in ci-fa-r
+        matches = any(fnmatchcase(n, filter or '*') for n in (name, *full_names))
         if matches and (top1 or not trained):
             rows.append(dict(model=name, **counts, top1=top1, weights=weights))
     return rows

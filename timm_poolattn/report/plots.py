@@ -88,7 +88,7 @@ def curves_figure(runs: dict[str, list[dict[str, float]]]) -> Figure:
         runs: by name; an epoch without evaluation has no `eval_...` fields.
     """
     panels = [
-        ('top-1 error on the test set (%)', [('eval_top1', '-')]),
+        ('top-1 error in evaluation (%)', [('eval_top1', '-')]),
         ('loss', [('eval_loss', '-'), ('train_loss', ':')]),
         ('learning rate', [('lr', '-')]),
         (r'SPEM: sum of $p_0^2 + p_1^2$', [('train_penalty', '-')]),
@@ -128,7 +128,7 @@ def curves_figure(runs: dict[str, list[dict[str, float]]]) -> Figure:
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     handles = [Line2D([], [], label=plain_text(name), **look) for name, look in zip(runs, looks, strict=True)]
-    styles = [Line2D([], [], color='grey', ls=s, label=n) for s, n in (('-', 'test set'), (':', 'training'))]
+    styles = [Line2D([], [], color='grey', ls=s, label=n) for s, n in (('-', 'evaluation'), (':', 'training'))]
     figure.legend(
         handles=handles + styles, loc='outside upper center', ncols=min(columns + 2, len(handles) + 2), frameon=False
     )

@@ -59,8 +59,8 @@ def finetune(data_dir: str | Path, argv: Sequence[str] = (), **options) -> Finet
     """Fine-tune by the recipe `finetune`; the best epoch's weights are kept.
 
     Args:
-        data_dir: as in `load_images`: with splits, or a folder of classes, of which a fifth is held out. Images of any
-            size are resized to the model's.
+        data_dir: as in `load_images`: with splits, or a folder of classes, of which about a fifth is held out. Images
+            of any size are resized to the model's.
         argv: arguments of train.py that override the recipe's: --model, --epochs, --output, ...
         **options: of `train`.
 
