@@ -186,7 +186,7 @@ def test_inserted_fa(name):
     assert trace and all((t['k'] == 1).all() and t['alpha'] == 0 for t in trace.values())
     for m in model.modules():
         if isinstance(m, FocusAssociation):
-            m.alpha.data.fill_(1)
+            m.fade_in.alpha.data.fill_(1)
     for n, (_, k) in seen(model, x, FocusAssociation).items():
         k_n = attention_trace(model, x)[n]['k']
         np.testing.assert_array_equal(k_n, k[:, 0])

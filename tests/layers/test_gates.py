@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from torch import nn
 
 from timm_poolattn.layers import GATES, SAAM, SPEM, FocusAssociation, create_gate, fa_weight
 
@@ -91,16 +92,28 @@ def test_reset_parameters(name):
     for module in gate.modules():
         if hasattr(module, 'reset_parameters'):
             module.reset_parameters()
-    assert gate.alpha == 0 and not any((parameter == 7).any() for parameter in gate.parameters())
+    alpha = gate.fade_in.alpha if name == 'fa' else gate.alpha
+    assert alpha == 0 and not any((parameter == 7).any() for parameter in gate.parameters())
 
 
-@pytest.mark.parametrize(
-    'gate', [create_gate('spem', 16, identity_init=True), FocusAssociation(16, 1, identity_init=True)]
-)
-def test_an_alpha_without_an_axis_loads(gate):
-    """As version 0.1 saved it."""
-    gate.load_state_dict({**gate.state_dict(), 'alpha': torch.tensor(0.25)})
-    assert gate.alpha.tolist() == [0.25]
+@pytest.mark.parametrize('name', GATES)
+@pytest.mark.filterwarnings('error::torch.jit.TracerWarning')
+def test_a_trace_is_of_any_size(name):
+    gate = create_gate(name, 16).eval()
+    traced = torch.jit.trace(gate, torch.randn(2, 16, 4, 4))
+    x = torch.randn(3, 16, 5, 7)
+    torch.testing.assert_close(traced(x), gate(x))
+
+
+@pytest.mark.parametrize('name', ['spem', 'fa'])
+@pytest.mark.parametrize('alpha', [torch.tensor(0.25), torch.tensor([0.25])])
+def test_an_older_alpha_loads(name, alpha):
+    """Version 0.1 saved it without an axis, and that of FA under another name."""
+    gate = FocusAssociation(16, 1, identity_init=True) if name == 'fa' else create_gate(name, 16, identity_init=True)
+    state = {key: value for key, value in gate.state_dict().items() if not key.endswith('alpha')}
+    holder = nn.Sequential(gate)
+    holder.load_state_dict({f'0.{key}': value for key, value in {**state, 'alpha': alpha}.items()})
+    assert (gate.fade_in if name == 'fa' else gate).alpha.tolist() == [0.25]
 
 
 @pytest.mark.parametrize('name', GATES)

@@ -121,6 +121,10 @@ MODELS = {
 }
 
 
+def alpha_of(gate: nn.Module) -> nn.Parameter:
+    return (gate.fade_in if isinstance(gate, FocusAssociation) else gate).alpha
+
+
 def gates_of(model: nn.Module) -> list[nn.Module]:
     """The inserted gates, each with its alpha."""
     return [m for m in model.modules() if isinstance(m, IdentityInit | FocusAssociation)]
@@ -188,7 +192,8 @@ def check_inserted(model: nn.Module, gate: str, outputs: list[tuple[torch.Tensor
         assert reached == set(gates)
     output = model(x)
     (output * torch.randn_like(output)).sum().backward()
-    still = [m for m in gates if m.alpha.grad is None or not m.alpha.grad.isfinite() or not m.alpha.grad]
+    alphas = [alpha_of(gate) for gate in gates]
+    still = [a for a in alphas if a.grad is None or not a.grad.isfinite() or not a.grad]
     assert not still, f'{len(still)} of {len(gates)} gates get no gradient'
     timm_poolattn.remove(model)
     assert_same_state(model, before)

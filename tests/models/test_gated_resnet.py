@@ -11,6 +11,8 @@ from timm_poolattn import FaResNet
 from timm_poolattn.layers import SAAM, SPEM, FocusAssociation, IdentityInit
 from timm_poolattn.utils import UserError
 
+from .insertion_table import alpha_of
+
 NAMES = timm.list_models(module='gated_resnet')
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 #: Of every length of stage that the real ones have, but the longest.
@@ -68,7 +70,7 @@ def test_starts_from_the_plain_backbone(name, tmp_path):
     # training then moves the gates
     model.train()(X).square().sum().backward()
     gates = [m for m in model.modules() if isinstance(m, IdentityInit | FocusAssociation)]
-    assert len(gates) == (12 + 3 if name.endswith('fa') else 16) and all(m.alpha.grad != 0 for m in gates)
+    assert len(gates) == (12 + 3 if name.endswith('fa') else 16) and all(alpha_of(m).grad != 0 for m in gates)
     # new classes on the old features
     assert timm.create_model(name, num_classes=7, in_chans=1, **kwargs)(X[:, :1]).shape == (2, 7)
 

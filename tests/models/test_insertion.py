@@ -19,7 +19,7 @@ from timm_poolattn.models.insertion import InsertedGate, InsertedStage
 from timm_poolattn.utils import UserError
 
 from . import insertion_table
-from .insertion_table import assert_same_state, gates_of, state_of
+from .insertion_table import alpha_of, assert_same_state, gates_of, state_of
 from .test_tools import Wrapper
 
 #: One small model of each family, how many residual blocks it has, and how many of them FA gates.
@@ -61,7 +61,7 @@ def test_insertion_changes_nothing_and_removal_undoes_it(name, gate):
     torch.testing.assert_close(model(X), before, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         for module in gates:
-            module.alpha.fill_(1.0)
+            alpha_of(module).fill_(1.0)
     assert not torch.allclose(model(X), before, rtol=1e-2, atol=1e-2)
     assert timm_poolattn.remove(model) is model
     assert list(model.state_dict()) == keys and model(X).equal(before)
@@ -77,7 +77,7 @@ def test_training_moves_the_gate(gate):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(torch.randn(4, 3, 64, 64)), torch.arange(4)).backward()
         optimizer.step()
-    assert all(m.alpha != 0 for m in gates)
+    assert all(alpha_of(m) != 0 for m in gates)
     assert any(not p.equal(s) for p, s in zip([p for p in gates[-1].parameters() if p.ndim], start, strict=True))
 
 
@@ -122,7 +122,7 @@ def test_a_model_as_any_other(name, gate):
     model = timm_poolattn.insert(create(name), gate)
     with torch.no_grad():
         for module in gates_of(model):
-            module.alpha.fill_(0.5)
+            alpha_of(module).fill_(0.5)
     expected = model(X)
     other = timm_poolattn.insert(create(name), gate)
     other.load_state_dict(model.state_dict())
@@ -136,7 +136,7 @@ def test_a_model_as_any_other(name, gate):
     model.set_grad_checkpointing()
     torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)  # the blocks are run with their gates
     model.train()(X).sum().backward()
-    assert all(module.alpha.grad is not None for module in gates_of(model))
+    assert all(alpha_of(module).grad is not None for module in gates_of(model))
 
 
 def test_skipping():
@@ -355,7 +355,7 @@ def test_fa_in_our_own_networks_is_that_of_their_constructor(name, features_only
         assert fas == {n: p.shape for n, p in built.named_parameters()}
     for module in model.modules():
         if isinstance(module, FocusAssociation):
-            nn.init.ones_(module.alpha)
+            nn.init.ones_(alpha_of(module))
     assert not as_list(model(X))[-1].equal(expected[-1])
     sum(y.square().mean() for y in as_list(model.train()(X))).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -493,7 +493,7 @@ def test_other_networks(model, count):
     before, expected = state_of(model), model(x)
     assert len(gates_of(timm_poolattn.insert(model, 'spem'))) == count and model(x).equal(expected)
     model(x).sum().backward()
-    assert all(gate.alpha.grad for gate in gates_of(model))
+    assert all(alpha_of(gate).grad for gate in gates_of(model))
     assert_same_state(timm_poolattn.remove(model), before)
 
 

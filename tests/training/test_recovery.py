@@ -8,13 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
 from timm_poolattn.training import RunStopped, read_curve, train
-from timm_poolattn.training.recovery import newest_checkpoint
+from timm_poolattn.training.recovery import Guard, newest_checkpoint
 
 from .test_options import checkpoint, run_train
 
@@ -185,6 +186,20 @@ def test_a_checkpoint_that_cannot_be_written(train_script, cifar10_few, tmp_path
     assert process.returncode == 2 and 'Traceback' not in log, log
     assert re.fullmatch(f'Error: {NOT_SAVED}', log.splitlines()[-1])
     assert last.read_bytes() == before and not list(first.glob('*tmp*'))
+
+
+def test_an_interrupt_waits_for_the_end_of_a_save(tmp_path):
+    """timm removes the best checkpoint before it links the new one."""
+
+    def save(epoch):
+        os.kill(os.getpid(), signal.SIGINT)
+        (tmp_path / 'last.pth.tar').write_bytes(b'')
+
+    guard = Guard(seed=0, on_save=lambda: saved.append(guard.interrupts))
+    guard.saver, saved = Namespace(checkpoint_dir=tmp_path), []
+    with guard.watching(), pytest.raises(KeyboardInterrupt):
+        guard._named(save)(0)
+    assert saved == [1] and (tmp_path / 'last.pth.tar').is_file()
 
 
 class TestInterrupt:

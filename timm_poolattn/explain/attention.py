@@ -12,7 +12,7 @@ from timm.layers.cbam import CbamModule, ChannelAttn, LightCbamModule
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 
-from ..layers import CBAM, SAAM, SGE, SPEM, SRM, FocusAssociation, IdentityInit
+from ..layers import CBAM, SAAM, SGE, SPEM, SRM, FadeIn, FocusAssociation, IdentityInit
 from ..utils import UserError
 
 
@@ -197,6 +197,7 @@ def _merge(
         skipped = ~(merged['k'] >= value)
         merged['skipped'] = skipped if per_sample else np.full_like(skipped, skipped.all())
     for module in (model.get_submodule(name), model.get_submodule(name.rpartition('.')[0])):
-        if isinstance(module, FocusAssociation | IdentityInit) and module.alpha is not None:
-            merged['alpha'] = module.alpha.item()
+        start = module.fade_in if isinstance(module, FocusAssociation) else module
+        if isinstance(start, FadeIn | IdentityInit):
+            merged['alpha'] = start.alpha.item()
     return merged

@@ -2,7 +2,7 @@ from .cbam import CBAM
 from .create_gate import GATES, create_gate
 from .eca import ECA
 from .focus_association import Association, Focus, FocusAssociation, fa_weight, fa_weight_unskipped
-from .identity_init import IdentityInit
+from .identity_init import FadeIn, IdentityInit
 from .max_min_pool import max_min_pool, set_fused_pool, use_fused_pool
 from .saam import SAAM
 from .sge import SGE
@@ -19,6 +19,7 @@ __all__ = [
     'SPEM',
     'SRM',
     'Association',
+    'FadeIn',
     'Focus',
     'FocusAssociation',
     'IdentityInit',

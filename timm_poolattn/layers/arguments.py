@@ -11,6 +11,9 @@ def check_channels(x: torch.Tensor, channels: int, name: str) -> None:
     the parameters', not the one given at construction, which is another once a tool has pruned channels. An assertion
     as timm's own layers use it, so that FX can trace and TorchScript compile it.
     """
+    if not torch.jit.is_scripting():  # noqa: SIM102  nested, so that TorchScript leaves it out
+        if torch.jit.is_tracing():  # which keeps no check, and warns of each
+            return
     _assert(x.shape[1] == channels, f'{name} was built for {channels} channels, its input has {x.shape[1]}')
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..utils import UserError
 from .arguments import check_rd_ratio
-from .identity_init import read_scalar_alpha
+from .identity_init import FadeIn
 
 
 class Focus(nn.Module):
@@ -82,8 +82,7 @@ class FocusAssociation(nn.Module):
         index: i, at least 1.
         rd_ratio: hidden channels of the focus over C. The paper's r1 = 4 is 1/4.
         expand_ratio: hidden width of the association over i, the paper's r2.
-        identity_init: start without effect: 1 + alpha (k_i - 1) in place of k_i, with a learned alpha that starts at
-            0.
+        identity_init: start without effect, by `FadeIn`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -111,21 +110,21 @@ class FocusAssociation(nn.Module):
         self.index = index
         self.focus = Focus(channels, rd_ratio=rd_ratio, **dd)
         self.association = Association(index, expand_ratio=expand_ratio, **dd) if index > 1 else None
-        self.register_parameter('alpha', nn.Parameter(torch.empty(1, **dd)) if identity_init else None)
-        self.register_load_state_dict_pre_hook(read_scalar_alpha)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start without effect, where there is an alpha."""
-        if self.alpha is not None:
-            nn.init.zeros_(self.alpha)
+        self.fade_in = FadeIn(**dd) if identity_init else None
+        self.register_load_state_dict_pre_hook(_read_own_alpha)
 
     def forward(self, x: torch.Tensor, ks: list[torch.Tensor]) -> torch.Tensor:
         assert len(ks) == self.index - 1, 'FA: block i takes the i - 1 earlier k; wrappers hand on their list itself'
         k = self.focus(x)
         if self.association is not None:
             k = self.association(torch.cat(ks + [k], dim=1))
-        return k if self.alpha is None else 1 + self.alpha * (k - 1)
+        return k if self.fade_in is None else self.fade_in(k)
+
+
+def _read_own_alpha(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
+    """Load an alpha of version 0.1, which had it here."""
+    if f'{prefix}alpha' in state_dict:
+        state_dict[f'{prefix}fade_in.alpha'] = state_dict.pop(f'{prefix}alpha')
 
 
 def fa_weight(x: torch.Tensor, u: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
