@@ -95,6 +95,8 @@ class TestList:
         assert run('list').stdout.endswith('  cifar10 91.00  cifar100 64.50 (download)\n')
 
     def test_rows_follow_the_registry(self):
+        assert {r['gate'] for r in list_models('*fa*', trained=True)} == {'fa'}  # and not the tag ci-fa-r10
+        assert [r['model'] for r in list_models('*20*.cifar100', trained=True)]
         assert [r['model'] for r in list_models('*20*')] == timm.list_models('*20*', module='cifar_resnet')
 
 

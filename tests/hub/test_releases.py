@@ -348,6 +348,14 @@ def test_paper_top1():
     assert paper_top1('resnet20_spem', 'cifar10') is None
 
 
+def test_a_card_for_another_organisation(monkeypatch):
+    """CIFAR's test images are that whoever publishes; the bare name is ours alone."""
+    monkeypatch.setenv('TIMM_POOLATTN_HUB_ORG', 'theirs')
+    card = model_card(json.loads((released()['resnet20_saam.cifar10'] / 'results.json').read_text())).text
+    assert "'hf-hub:theirs/resnet20_saam.cifar10'" in card and "create_model('resnet20_saam.cifar10'" not in card
+    assert '10,000 test images' in card
+
+
 def test_own_data_under_a_tag_of_their_own(run_dir, tmp_path):
     """With its pooling and grey images; its accuracy is that of `verify`."""
     run_dir, _ = run_dir
