@@ -397,6 +397,10 @@ def test_wrappers_in_our_own_networks():
     model.stages[1] = checkpoint_wrapper(model.stages[1])
     with pytest.raises(UserError, match=r'its blocks are wrapped \(CheckpointWrapper\), insert FA before that'):
         timm_poolattn.insert(model, 'fa')
+    model = create('resnet20')
+    model.stages = nn.Sequential(*model.stages)
+    with pytest.raises(UserError, match=r'its blocks are wrapped \(Sequential\), insert FA before that'):
+        timm_poolattn.insert(model, 'fa')
     model = timm_poolattn.insert(create('resnet20'), 'fa')
     model.stages[0].blocks[1].fa = checkpoint_wrapper(model.stages[0].blocks[1].fa)
     modules = repr(model)

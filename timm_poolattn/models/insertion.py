@@ -421,7 +421,8 @@ def _fill_stages(model: nn.Module, gate_kwargs: dict[str, Any]) -> None:
     if not any(isinstance(m, Stage) for net in nets for m in net.modules()):  # VGG-19, whose gates need shortcuts
         raise UserError(f"{type(model).__name__} gets FA when it is built: timm.create_model(name, gate='fa')")
     stages = [stage for net in nets for stage in net.stages]
-    wrappers = [m for m in stages if not isinstance(m, Stage)]
+    wrappers = [net.stages for net in nets if not isinstance(net.stages, Stages)]
+    wrappers += [m for m in stages if not isinstance(m, Stage)]
     wrappers += [b for m in stages if isinstance(m, Stage) for b in m.blocks if not _has_own(b, 'fa')]
     if wrappers:
         raise UserError(
