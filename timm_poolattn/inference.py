@@ -143,7 +143,7 @@ def load_data(
         root: as in `load_images`, as is what follows.
         split: of the data.
         name: torchvision's of a data set.
-        hold_out: take the fifth that fine-tuning holds out, of a folder with the classes right in it.
+        hold_out: take what fine-tuning holds out, of a folder with the classes right in it.
         **options: more of `load_images`.
 
     Raises:
@@ -161,6 +161,12 @@ def label_names(model: nn.Module) -> list[str] | None:
     """Return the names of a model's classes; None where its config has none, or those of another head."""
     names = list(model.pretrained_cfg.get('label_names') or [])
     return names if len(names) == model.num_classes else None
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model takes its input. A quantised one may have no parameters, an offloaded one some on 'meta'."""
+    devices = (p.device for p in model.parameters() if p.device.type != 'meta')
+    return next(devices, torch.device('cpu'))
 
 
 @torch.inference_mode()
@@ -183,7 +189,7 @@ def predict(
         UserError: a file that cannot be read, unless `skip_broken`; or outputs that are not finite.
     """
     channels, labels = view_of(model).input_size[0], class_names(model)
-    device = next((p.device for p in model.parameters()), 'cpu')  # a quantised one may have none
+    device = device_of(model)
     results = []
     for path in paths:
         try:

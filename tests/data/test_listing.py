@@ -1,5 +1,6 @@
 """A folder and a tar of it have the same images, and what is passed over is said."""
 
+import hashlib
 import io
 import os
 import shutil
@@ -166,19 +167,31 @@ def test_a_folder_of_classes(read, image_folder):
 @pytest.mark.parametrize('n', [2, 3, 40, 400])
 def test_who_is_held_out_stays_so(tmp_path, n):
     """When others come. It is about a fifth, and never all or none."""
-    folder = tmp_path / 'cat'
-    folder.mkdir()
-    (tmp_path / 'dog').mkdir()
+
+    def names(split):
+        return {image.name for image in list_split(tmp_path, split).images}
+
     for name in ('cat', 'dog'):
+        (tmp_path / name).mkdir()
         for i in range(n):
             (tmp_path / name / f'{i}.png').write_bytes(b'')
-    names = lambda split: {image.name for image in list_split(tmp_path, split).images}  # noqa: E731
     train, held = names('train'), names('test')
     assert not train & held and len(train | held) == 2 * n
     assert 2 <= len(held) <= 2 * (n - 1) and (n < 400 or 0.15 < len(held) / 2 / n < 0.25)
-    for i in range(n, 2 * n):
-        (folder / f'{i}.png').write_bytes(b'')
-    assert not train & names('test')
+    for name in ('cat', 'dog'):
+        for i in range(n, 2 * n):
+            (tmp_path / name / f'{i}.png').write_bytes(b'')
+    assert not train & names('test') and (n < 40 or not held & names('train'))
+
+
+def test_one_of_a_class_is_trained_on(tmp_path):
+    """Though the names of both are of those that are held out."""
+    names = [f'cat/{i}.png' for i in range(100)]
+    held = [name for name in names if int(hashlib.sha256(name.encode()).hexdigest(), 16) / 2**256 < 0.2][:2]
+    (tmp_path / 'cat').mkdir()
+    for name in held:
+        (tmp_path / name).write_bytes(b'')
+    assert [len(list_split(tmp_path, split).images) for split in ('train', 'test')] == [1, 1]
 
 
 def test_images_of_other_formats_are_named_as_such(image_folder):

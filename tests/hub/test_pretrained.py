@@ -21,6 +21,8 @@ from timm_poolattn.models import _registry, multiply_adds, save_model
 from timm_poolattn.papers import DATASETS, model_args, table_rows
 from timm_poolattn.utils import UserError, released
 
+#: The papers have no such row.
+UNPRINTED = ('resnet20_fa.cifar100', 'resnet20_spem.cifar10', 'resnet20_spem.cifar100')
 RELEASED = released()
 EMBEDDED = ['resnet20_fa.cifar10', 'resnet20_saam.cifar10', 'resnet20_spem.cifar10']
 
@@ -108,9 +110,10 @@ class TestRelease:
         assert measured['top1'] == pytest.approx(claimed, abs=3)  # three standard deviations of 1,000 images
 
     def test_parameters_are_the_papers(self, name):
-        exact = {r['params_exact'] for r in table_rows() if model_args(r) == dict(model_name=name)} - {None}
+        kinds = [dict(model_name=name), dict(model_name=name, flavour='fa')][: 2 if '_fa' in name else 1]
+        exact = {r['params_exact'] for r in table_rows() if model_args(r) in kinds and 'params_exact' in r}
         results = json.loads((RELEASED[name] / 'results.json').read_text())
-        assert not exact or results['parameters'] in exact
+        assert results['parameters'] in exact or (not exact and name in UNPRINTED)
         assert results['multiply_adds'] == multiply_adds(timm.create_model(name))
 
     def test_is_sound(self, name):

@@ -118,7 +118,7 @@ class TestRows:
         args = dict(model_name='resnet20_saam.cifar10')
         (entry,) = measured_runs(args, [*gated, *plain])
         error = ((0.28**2 + 0.14**2) / 2) ** 0.5
-        assert entry['gain'] == dict(difference=0.6, error=pytest.approx(error, abs=0.01), plain_seeds=2)
+        assert entry['gain'] == dict(difference=0.6, error=pytest.approx(error, abs=0.01), plain_runs=2)
         (entry,) = measured_runs(args, [*gated, {**plain[0], 'recipe': 'another'}])
         assert entry['gain'] is None
         taught = {**plain[0], 'teacher_weights': dict(resnet20='another')}
@@ -128,7 +128,7 @@ class TestRows:
         twice = [dict(r, seed=1) for r in some_runs[1:3]]
         plain = [{**r, 'model': 'resnet20'} for r in twice]
         (entry,) = measured_runs(dict(model_name='resnet20_saam.cifar10'), [*twice, *plain])
-        assert entry['seeds'] == 1 and entry['gain']['error'] == pytest.approx((2 * 0.08 / 2) ** 0.5, abs=0.01)
+        assert entry['runs'] == 2 and entry['gain']['error'] == pytest.approx((2 * 0.08 / 2) ** 0.5, abs=0.01)
 
     def test_rate(self, some_runs):
         macs = list_models('resnet20_saam')[0]['multiply_adds']
@@ -181,7 +181,7 @@ class TestPage:
         ]
         how = column(tab, 'training')[0]
         assert '1: saam-cifar10, 182 epochs, 2 seeds' in how
-        assert f'2: {recipe_name(ours)}, {ours["epochs"]} epochs, 1 seed' in how
+        assert f'2: {recipe_name(ours)}, {ours["epochs"]} epochs, 1 run' in how
         assert column(tab, 'images/s') == ['1,235']
         (card,) = tab.locator('#body a', has_text='model card').all()
         assert card.locator('..').inner_text().startswith('2:')  # the run that was released, not the other
@@ -273,7 +273,7 @@ class TestFiles:
         text = markdown_report(report_rows(some_runs))
         assert (
             '| `resnet20_saam` | CIFAR-10 | SAAM, Table II | 92.60 | 92.70 ± 0.28 | +0.10 |  |'
-            ' saam-cifar10, 182 epochs, 2 seeds |' in text
+            ' saam-cifar10, 182 epochs, 2 runs |' in text
         )
         assert text.index('## Rows that were run') < text.index('## Every row') < text.index('<summary>SAAM, Table II<')
         assert re.search(r'\| not run \| `poolattn train --recipe saam-cifar100 .*` \(about .*\) \|', text)

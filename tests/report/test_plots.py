@@ -177,6 +177,11 @@ class TestAblation:
         others = [result('resnet20_spem', 50.0, reweight='max'), {**runs[0], 'checkpoint': dict(which='best')}]
         others.append(result('resnet20_spem', 60.0, reweight='max', fixed_lambda=0.3))
         points = ablation_points('lambda', runs + others)['cifar10']
+        started = [{**runs[0], 'warm_start': 'resnet20.cifar10 resnet20_spem.cifar10', 'test': dict(top1=10.0)}]
+        started.append({**runs[0], 'arguments': {**runs[0]['arguments'], 'initial_checkpoint': 'a.pth'}})
+        part = dict(arguments=dict(runs[0]['arguments'], lr=1.0), options={})
+        started.append({**runs[0], 'resumed': [part], 'test': dict(top1=20.0)})
+        assert ablation_points('lambda', runs + others + started)['cifar10'] == points
         assert [*points.values()] == [{'learned': [92.0], 0.3: [91.0]}, {'learned': [50.0], 0.3: [60.0]}]
 
     def test_command(self, tmp_path):

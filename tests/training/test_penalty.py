@@ -143,7 +143,7 @@ def test_a_pruned_p_keeps_its_penalty():
     assert all(gate.p_orig.grad.abs().sum() == 2 * 0.5 for gate in task.gates)
 
 
-@pytest.mark.parametrize('opt', ['momentum', 'sgdw', 'adamw', 'lookahead_momentum', 'lookahead_adamw'])
+@pytest.mark.parametrize('opt', ['momentum', 'sgdw', 'sgdp', 'adamw', 'lookahead_momentum', 'lookahead_adamw'])
 def test_who_takes_the_penaltys_step(opt):
     """Any SGD has it in the gradient; of Lookahead, what it wraps says it."""
     model = timm.create_model('resnet20_spem').eval()
@@ -152,7 +152,7 @@ def test_who_takes_the_penaltys_step(opt):
     assert task.decoupled == opt.endswith('adamw')
     task(INPUT, TARGET)['loss'].backward()
     optimizer.step()
-    steps = 1.9 if opt == 'sgdw' else 1  # the first of Nesterov's with momentum 0.9
+    steps = 1.9 if opt in ('sgdw', 'sgdp') else 1  # the first of Nesterov's with momentum 0.9
     for gate in task.gates:
         torch.testing.assert_close(gate.p.data, torch.full((2,), 0.5 * (1 - steps * 0.01 * 2 * 0.1)))
 

@@ -189,17 +189,24 @@ def test_a_checkpoint_that_cannot_be_written(train_script, cifar10_few, tmp_path
 
 
 def test_an_interrupt_waits_for_the_end_of_a_save(tmp_path):
-    """timm removes the best checkpoint before it links the new one."""
+    """timm removes the best checkpoint before it links the new one. A second does too, and a third is obeyed."""
 
-    def save(epoch):
-        os.kill(os.getpid(), signal.SIGINT)
+    def save(*args, **kwargs):
+        for _ in range(presses):
+            os.kill(os.getpid(), signal.SIGINT)
         (tmp_path / 'last.pth.tar').write_bytes(b'')
 
     guard = Guard(seed=0, on_save=lambda: saved.append(guard.interrupts))
-    guard.saver, saved = Namespace(checkpoint_dir=tmp_path), []
-    with guard.watching(), pytest.raises(KeyboardInterrupt):
-        guard._named(save)(0)
-    assert saved == [1] and (tmp_path / 'last.pth.tar').is_file()
+    guard.saver, saved = Namespace(checkpoint_dir=tmp_path, curr_recovery_file='a file'), []
+    guard.saver.save_recovery = guard._named(save)
+    for count, written in ((1, [1]), (2, [1, 2]), (3, [1, 2])):
+        guard.interrupts, presses = 0, count
+        with guard.watching(), pytest.raises(KeyboardInterrupt):
+            guard._named(save)(0)
+        assert saved == written and not guard.saving
+    guard.interrupts, guard.update, presses = 1, 1, 1  # while it saves what the first interrupted
+    with guard.watching():
+        assert 'Saved a file' in guard.save_interrupted()
 
 
 class TestInterrupt:

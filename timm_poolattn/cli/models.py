@@ -83,7 +83,7 @@ def predict(images, name: str, topk: int, demo: bool, as_json: bool) -> None:
 @data_dir_option
 @dataset_option
 @split_option
-@click.option('--hold-out', is_flag=True, help='Of a folder of classes, the fifth that `finetune` did not train on.')
+@click.option('--hold-out', is_flag=True, help='Of a folder of classes, what `finetune` does not train on.')
 @click.option('--batch-size', type=click.IntRange(1), default=500, show_default=True)
 @device_option
 @json_option
@@ -96,7 +96,7 @@ def validate(name, data_dir, dataset, split, hold_out, batch_size, device, as_js
     from ..inference import evaluate, load_data, load_pretrained
 
     if hold_out and (dataset or split in TRAIN_SPLITS or (of := list_split(data_dir, split)).base != of.source.root):
-        raise UserError(f'--hold-out: {dataset or data_dir}, {split}: only of a folder of classes is a fifth held out')
+        raise UserError(f'--hold-out: {dataset or data_dir}, {split}: only of a folder of classes is a part held out')
     model = load_pretrained(name)
     data = load_data(model, data_dir, split, name=dataset, hold_out=hold_out)
     result = dict(model=name, **evaluate(model, data, batch_size=batch_size, device=device))

@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from posixpath import join, normpath
 from typing import NamedTuple
 
-from PIL.Image import registered_extensions
 from timm.data import get_img_extensions
 
 from ..utils import MissingFileError, UserError
@@ -27,6 +26,8 @@ MAX_MEMBERS = 2**21
 #: timm's, so that its own loader sees the same images.
 _EXTENSIONS = get_img_extensions(as_set=True)
 _SUFFIXES = ', '.join(sorted(_EXTENSIONS))
+#: What photos are called that timm's loader passes over.
+_OTHER_PHOTOS = {'.avif', '.bmp', '.gif', '.heic', '.heif', '.jfif', '.jpe', '.tif', '.tiff', '.webp'}
 _DAMAGES = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
@@ -365,13 +366,14 @@ class _Walk:
 
     def notes(self) -> list[str]:
         notes = []
-        suffixes = {*registered_extensions(), '.heic', '.heif'} - _EXTENSIONS  # Pillow knows those by a plug-in
-        others = [name for name in self.passed if PurePosixPath(name).suffix.lower() in suffixes]
+        photos, others = [], []
+        for name in self.passed:
+            (photos if _suffix(name) in _OTHER_PHOTOS else others).append(name)
+        if photos:
+            formats = ', '.join(sorted({*map(_suffix, photos)}))
+            notes.append(f'passed over {len(photos)} images in {formats}, first {photos[0]}: make them PNG or JPEG')
         if others:
-            formats = ', '.join(sorted({PurePosixPath(name).suffix.lower() for name in others}))
-            notes.append(f'passed over {len(others)} images in {formats}, first {others[0]}: make them PNG or JPEG')
-        if passed := [name for name in self.passed if name not in {*others}]:
-            notes.append(f'passed over {len(passed)} that are no images or not of this split, first {passed[0]}')
+            notes.append(f'passed over {len(others)} that are no images or not of this split, first {others[0]}')
         if self.outside:
             notes.append(f'followed {len(self.outside)} links out of the split, first {self.outside[0]}')
         return notes
@@ -386,6 +388,10 @@ def _is_below(place: str, folder: str) -> bool:
     return not folder or place == folder or place.startswith(f'{folder.rstrip("/")}/')
 
 
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
 def _hash(image: _Image) -> float:
     """Return a number in [0, 1) that its name alone decides."""
     digest = hashlib.sha256(image.name.encode('utf-8', 'surrogateescape')).digest()
@@ -395,8 +401,8 @@ def _hash(image: _Image) -> float:
 def _hold_out(images: list[_Image], training: bool, where: str) -> list[_Image]:
     """Take about a fifth of each class for evaluation, and the others for training; at least one for each.
 
-    An image's name alone says where it goes, by a hash. So an image stays on its side when others come, and a model is
-    not evaluated later on what it was trained on.
+    An image's name says where it goes, by a hash. So an image stays on its side when others come, and a model is not
+    evaluated later on what it was trained on, but in a class of so few that all or none of the names say the same.
     """
     classes: dict[str, list[_Image]] = {}
     for image in images:

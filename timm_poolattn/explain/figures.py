@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from ..data import read_image
-from ..inference import class_names, load_pretrained, model_input, view_of
+from ..inference import class_names, device_of, load_pretrained, model_input, view_of
 from ..utils import MissingFileError, UserError, progress, replacing
 from .attention import attention_trace, block_label, evaluating, find_gates
 
@@ -205,7 +205,7 @@ def accounts(models: dict[str, nn.Module], image: Image.Image, title: str) -> It
     """
     first, shared = next(iter(models.items())), None
     for name, model in models.items():
-        x = model_input(model, image, title)
+        x = model_input(model, image, title).to(device_of(model))
         pixels = view_of(model)(image).astype(np.float32) / 255
         with torch.no_grad(), evaluating(model):
             probabilities = model(x).float().softmax(1)[0]

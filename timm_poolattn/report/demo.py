@@ -162,9 +162,7 @@ def build_page(models: dict[str, nn.Module], chosen: Sequence[str] = ()) -> 'gra
             with gr.Column(scale=1, min_width=300):
                 photo = gr.Image(label='Photo', sources=['upload', 'clipboard'], height=280, buttons=[])
                 message = gr.HTML(line(hint), apply_default_css=False)
-                ticked = gr.CheckboxGroup(
-                    choices, value=list(chosen or models), label='Models, top-1 on their test set'
-                )
+                ticked = gr.CheckboxGroup(choices, value=list(chosen or models), label='Models, by their top-1')
                 button = gr.Button('Look', variant='primary')
             with gr.Column(scale=3, min_width=300):
                 result = gr.HTML(_render(), apply_default_css=False)

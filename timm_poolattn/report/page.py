@@ -72,18 +72,18 @@ def _duration(hours: float | None) -> str:
 
 
 def describe_run(run: dict[str, Any]) -> str:
-    """Describe what tells the runs of a cell apart: 'cpu-short, 3 epochs, 1 seed'."""
+    """Describe what tells the runs of a cell apart: 'cpu-short, 3 epochs, 1 run'."""
     plural = lambda n, noun: f'{n} {noun}{"s" * (n != 1)}'  # noqa: E731
-    return f'{run["recipe"]}, {plural(run["epochs"], "epoch")}, {plural(run["seeds"], "seed")}'
+    return f'{run["recipe"]}, {plural(run["epochs"], "epoch")}, {plural(run["runs"], "run")}'
 
 
 def describe_gain(run: dict[str, Any]) -> str:
-    """Describe a gate less the plain backbone: '+0.31 ± 0.12 (3 and 3 seeds)'; '' where that was not run."""
+    """Describe a gate less the plain backbone: '+0.31 ± 0.12 (3 and 3 runs)'; '' where that was not run."""
     gain = run['gain']
     if gain is None:
         return ''
     error = '' if gain['error'] is None else f' ± {gain["error"]:.2f}'
-    return f'{gain["difference"]:+.2f}{error} ({run["seeds"]} and {gain["plain_seeds"]} seeds)'
+    return f'{gain["difference"]:+.2f}{error} ({run["runs"]} and {gain["plain_runs"]} runs)'
 
 
 def _page(rows: list[dict[str, Any]], folder: Path, hardware: str) -> str:

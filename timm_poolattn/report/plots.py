@@ -21,7 +21,7 @@ from ..papers import DATASETS, model_args, table_rows
 from ..training import read_curve
 from ..utils import MissingFileError, UserError, look_up
 from .results import load_results, read_results
-from .rows import training_of
+from .rows import start_of, training_of
 
 #: Okabe and Ito's colours, which people of any colour vision tell apart.
 _COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000')
@@ -212,7 +212,7 @@ def ablation_points(
             others['gate_kwargs'] = {k: v for k, v in gate_kwargs.items() if k not in ('fixed_lambda', 'paths')}
             label = f'{r["model"].partition("_")[0]}, {r["epochs"]} epochs'
             of_label = [k for k, v in series.items() if v.startswith(label)]
-            key = json.dumps([label, training_of(r), others], sort_keys=True)
+            key = json.dumps([label, training_of(r), start_of(r), others], sort_keys=True)
             series.setdefault(key, label + (f' ({len(of_label) + 1})' if of_label else ''))
             points[r['tag']][series[key]][value].append(r['test']['top1'])
     return {

@@ -50,21 +50,28 @@ def recipe_name(result: dict[str, Any]) -> str:
     return ', '.join([', from '.join([result.get('recipe') or 'own recipe', *source]), *taught])
 
 
+def start_of(result: dict[str, Any]) -> str:
+    """Return what the first weights of a run are: the source of a warm start, or a file; '' for none."""
+    source = result.get('warm_start', '').split()[:1] or [result['arguments'].get('initial_checkpoint', '')]
+    return source[0]
+
+
 def training_of(result: dict[str, Any]) -> str:
-    """Return what runs share that differ in nothing but their model and seed."""
+    """Return what runs share that differ in nothing but their model, seed and first weights."""
     own = ('seed', 'model', 'model_kwargs', 'initial_checkpoint')
     arguments = {k: v for k, v in result['arguments'].items() if k not in own}
     which = result.get('checkpoint', {}).get('which')
-    started = bool(result.get('warm_start'))
-    how = [result.get('recipe'), started, arguments, result['options'], which, result.get('teacher_weights')]
-    return json.dumps(how, sort_keys=True)
+    how = [result.get('recipe'), bool(start_of(result)), arguments, result['options'], which]
+    as_now = {k: result[k] for k in ('arguments', 'options')}
+    changed = [part for part in result.get('resumed', []) if {k: part.get(k) for k in as_now} != as_now]
+    return json.dumps([*how, result.get('teacher_weights'), changed], sort_keys=True)
 
 
 def _top1(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return mean, spread and number of seeds of runs that differ in their seed alone."""
+    """Return mean, spread and number of runs that differ in their seed alone."""
     top1 = [r['test']['top1'] for r in runs]
     spread = round(statistics.stdev(top1), 2) if len(top1) > 1 else None
-    return dict(top1=round(statistics.mean(top1), 2), spread=spread, seeds=len({r['seed'] for r in runs}))
+    return dict(top1=round(statistics.mean(top1), 2), spread=spread, runs=len(runs))
 
 
 def _error(*groups: Sequence[dict[str, Any]]) -> float | None:
@@ -83,14 +90,14 @@ def measured_runs(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> li
         results: of all runs.
 
     Returns:
-        For each `top1`, `spread` (standard deviation over the seeds; None for one), `seeds`, `epochs`, `recipe`,
+        For each `top1`, `spread` (standard deviation over them; None for one), `runs`, `epochs`, `recipe`,
         `selected` (the best epoch's weights), `hardware`, `minutes`, `model`, `is_released` (its model card is that of
         one of these runs), and `gain`: how far it is above the backbone without its gates, trained alike; `difference`,
-        `error` (its standard error; None for one seed), and `plain_seeds`. None where that was not run.
+        `error` (its standard error; None for one run), and `plain_runs`. None where that was not run.
     """
     groups = defaultdict(list)
     for r in results_of(args, results):
-        groups[training_of(r), r.get('warm_start')].append(r)
+        groups[training_of(r), start_of(r)].append(r)
     plain = defaultdict(list)
     if groups and (backbone := _plain_of(args)):
         for r in results_of(backbone, results):
@@ -114,9 +121,9 @@ def measured_runs(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> li
         if plain[training]:
             other = _top1(plain[training])
             difference, error = round(entry['top1'] - other['top1'], 2), _error(runs, plain[training])
-            entry['gain'] = dict(difference=difference, error=error, plain_seeds=other['seeds'])
+            entry['gain'] = dict(difference=difference, error=error, plain_runs=other['runs'])
         measured.append(entry)
-    return sorted(measured, key=lambda m: (-m['epochs'], -m['seeds']))
+    return sorted(measured, key=lambda m: (-m['epochs'], -m['runs']))
 
 
 def _plain_of(args: dict[str, Any]) -> dict[str, Any] | None:

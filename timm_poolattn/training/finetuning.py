@@ -1,7 +1,6 @@
 """Fine-tuning to a folder of one's own classes: train, keep the best epoch, say what it gets right and wrong."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 from timm.data.readers.class_map import load_class_map
+from timm.utils import world_info_from_env
 from torch import nn
 
 from ..data import ImageData, ResidentDataset, ResidentLoader, list_classes
@@ -74,7 +74,7 @@ def finetune(data_dir: str | Path, argv: Sequence[str] = (), **options) -> Finet
     parser.add_argument('--data-dir')
     parser.add_argument('--num-classes')
     args = parser.parse_known_args(list(argv))[0]
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+    if world_info_from_env()[2] > 1:
         raise UserError('finetune: is one process; `train --recipe finetune` takes several')
     if args.data_dir or args.num_classes:
         raise UserError('finetune: the images given say --data-dir and --num-classes; leave them out')

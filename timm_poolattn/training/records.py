@@ -15,6 +15,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from timm.utils import world_info_from_env
 
 from ..utils import UserError, write_text
 from ..version import __version__
@@ -121,7 +122,7 @@ class Record:
         name = {'cpu': f'{os.cpu_count()} CPU cores', 'mps': 'Apple GPU'}.get(kind, kind)
         if kind == 'cuda':
             name = torch.cuda.get_device_name(device)
-        if (processes := int(os.environ.get('WORLD_SIZE', 1))) > 1:
+        if (processes := world_info_from_env()[2]) > 1:
             name = f'{processes} processes, each with a batch of its own: {name}'
         self.facts = dict(
             facts,
@@ -160,7 +161,8 @@ class Record:
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return what differs among the arguments and options of two records."""
-    old, new = ({**record.get('arguments', {}), **record.get('options', {})} for record in (before, now))
+    parts = [[record.get(key) for key in ('arguments', 'options')] for record in (before, now)]
+    old, new = ({k: v for part in of if isinstance(part, dict) for k, v in part.items()} for of in parts)
     return [
         f'{k} {old.get(k, "not given")} -> {new.get(k, "not given")}'
         for k in sorted({*old, *new})

@@ -158,7 +158,7 @@ class Guard:
 
         def interrupt(signum, frame) -> None:
             self.interrupts += 1
-            if not (self.training or self.saving) or self.interrupts > 1:
+            if self.interrupts > 2 or not (self.saving or (self.training and self.interrupts == 1)):
                 raise KeyboardInterrupt
 
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -190,7 +190,7 @@ class Guard:
                 raise self._not_saved(e) from e
             finally:
                 self.saving = False
-            if self.interrupts > before:
+            if self.interrupts and not before:
                 raise KeyboardInterrupt
             return result
 

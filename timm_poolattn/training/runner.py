@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from timm.data import resolve_data_config
 from timm.data.readers.class_map import load_class_map
 from timm.models import load_checkpoint, safe_model_name
-from timm.optim import SGDW
+from timm.optim import SGDP, SGDW
 from timm.task import TrainingTask
+from timm.utils import world_info_from_env
 from torch import nn
 from torch.optim import Optimizer
 
@@ -96,7 +97,7 @@ def train(
     _view(args, training=True)  # raises where no image can be brought to it
     if not 0 <= penalty_weight < math.inf:
         raise UserError(f'--penalty-weight is {penalty_weight}, and must be at least 0')
-    rank = int(os.environ.get('RANK', 0))
+    _, rank, _ = world_info_from_env()
     output, folder, is_new = Path(args.output or './output/train'), None, True
     if args.experiment:
         folder = output / args.experiment
@@ -133,7 +134,7 @@ def train(
     facts['options'] = dict(resident=resident, crop_padding=crop_padding, penalty_weight=penalty_weight)
     if teachers:
         facts['options']['teacher'] = [without_place(name) for name in teachers]
-        facts['teacher_weights'] = weight_hashes(teachers)
+        facts['teacher_weights'] = weight_hashes(teachers) if rank == 0 else []  # whose facts are written
     if args.device == 'cpu' and rank == 0:
         print(_say_bfloat16(args.amp and args.amp_dtype == 'bfloat16'))
     handlers_before = logging.root.handlers[:]  # main adds its own each time
@@ -158,8 +159,8 @@ def train(
         try:
             with guard.watching():
                 module.main()
-            if guard.interrupts:  # train.py catches it, and ends as if it were done
-                raise KeyboardInterrupt(guard.save_interrupted())
+                if guard.interrupts:  # train.py catches it, and ends as if it were done
+                    raise KeyboardInterrupt(guard.save_interrupted())
         except UserError as e:
             if '\n' not in str(e):
                 raise
@@ -334,7 +335,7 @@ def _create_optimizer(tasks: list[TrainingTask], create: Callable[..., Optimizer
     """Call timm's create_optimizer_v2. If steps do not follow the gradient's size, the task has the penalty."""
     optimizer = create(*args, **kwargs)
     inner = getattr(optimizer, '_base_optimizer', optimizer)  # private: Lookahead runs no hooks, what it wraps does
-    if not isinstance(inner, torch.optim.SGD | SGDW):
+    if not isinstance(inner, torch.optim.SGD | SGDW | SGDP):
         tasks[-1].decouple(inner)
     return optimizer
 
@@ -384,10 +385,14 @@ def _create_dataset(
     ) as e:  # the last of a class map
         raise UserError(f'--data-dir {root}: {" ".join(str(e).split())[:300]}') from e
     if is_training and not getattr(args, 'naflex_loader', False) and hasattr(dataset, '__len__'):
-        n = len(dataset) // int(os.environ.get('WORLD_SIZE', 1))  # of each process
+        _, _, processes = world_info_from_env()
+        n = math.ceil(len(dataset) / processes)  # the sampler repeats a few
+        if processes > 1 and getattr(args, 'aug_repeats', 0):
+            n = len(dataset) // 256 * 256 // processes  # timm's RepeatAugSampler
         if n < args.batch_size:
-            remedy = f'give at most {n}' if n else 'there must be an image for each process'
-            raise UserError(f'--batch-size {args.batch_size}: {n} images to train on are not one batch; {remedy}')
+            each = f' for each of {processes} processes' if processes > 1 else ''
+            remedy = f'give at most {n}' if n else 'add images'
+            raise UserError(f'--batch-size {args.batch_size}: {n} images to train on{each} are not one batch; {remedy}')
     if index and is_training:
         note(sorted(index, key=index.get), args.num_classes)
     return dataset

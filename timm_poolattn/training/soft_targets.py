@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from ..data import ImageData, evaluation_config
 from ..inference import evaluation_loader, label_names, load_pretrained, view_of
 from ..utils import UserError, cache_dir, progress, replacing
-from .warm_starts import without_place
 
 _logger = logging.getLogger(__name__)
 
@@ -44,16 +43,17 @@ def soft_targets(
     return F.pad(mean, (0, num_classes - len(data.classes)))
 
 
-def weight_hashes(teachers: Sequence[str]) -> dict[str, str]:
+def weight_hashes(teachers: Sequence[str]) -> list[str]:
     """Return the SHA-256 of each teacher's weights: a release's `data_sha256`, by which its results.json names them.
 
     Raises:
         UserError: as `load_pretrained`.
     """
-    hashes = {}
+    hashes = []
     for name in teachers:
-        file = save({key: weight.contiguous() for key, weight in load_pretrained(name).state_dict().items()})
-        hashes[without_place(name)] = hashlib.sha256(file[8 + int.from_bytes(file[:8], 'little') :]).hexdigest()
+        weights = load_pretrained(name).state_dict()
+        file = save({key: w.clone(memory_format=torch.contiguous_format) for key, w in weights.items()})  # none shared
+        hashes.append(hashlib.sha256(file[8 + int.from_bytes(file[:8], 'little') :]).hexdigest())
     return hashes
 
 
