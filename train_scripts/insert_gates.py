@@ -43,6 +43,12 @@ def run_name(model: str, gate: str, seed: int, epochs: int) -> str:
     return f'{model}-{gate or "plain"}-{epochs}-{seed}'
 
 
+def first_weights(model: str) -> dict[str, float | str]:
+    """Return what tells a release of `model` from an earlier or later one."""
+    release = released_results()[model]
+    return dict(top1=release['test']['top1'], data_sha256=release['weights']['data_sha256'])
+
+
 def fine_tune(model: str, gate: str, seed: int, epochs: int, data_dir: str, runs: Path, train_args: list[str]) -> dict:
     """Train one; returns what its results file holds."""
     name = run_name(model, gate, seed, epochs)
@@ -56,6 +62,7 @@ def fine_tune(model: str, gate: str, seed: int, epochs: int, data_dir: str, runs
         model=model,
         gate=gate,
         epochs=int(run.curve[-1]['epoch']) + 1,  # not every epoch has a row: --val-interval
+        before=first_weights(model),
         parameters=sum(p.numel() for p in run.untrained_model().parameters()),
         top1=run.curve[-1]['eval_top1'],
         train_args=train_args,
@@ -89,8 +96,11 @@ def main(data_dir: str, model: str, epochs: int, gates: tuple, seeds: tuple, run
         for seed, gate in product(seeds, ('', *gates)):
             path = INSERTIONS_DIR / f'{run_name(model, gate, seed, epochs)}.json'
             if path.is_file():
-                if (others := json.loads(path.read_text())['train_args']) != list(train_args):
+                done = json.loads(path.read_text())
+                if (others := done['train_args']) != list(train_args):
                     raise UserError(f'{path}: trained with {others}, not {list(train_args)}; move it away')
+                if done['before'] != first_weights(model):
+                    raise UserError(f'{path}: began from other weights of {model}; move those of all gates away')
                 before += 1
                 continue
             result = fine_tune(model, gate, seed, epochs, data_dir, runs, list(train_args))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..papers import paper_top1
-from ..utils import UserError, look_up, write_text
+from ..utils import UserError, write_text
 from .page import summary_table
 from .results import RESULTS_DIR, load_insertions, load_results, released_results
 from .rows import recipe_name, report_rows
@@ -98,13 +98,11 @@ def benchmark_tables() -> str:
 
 def insertions_table() -> str:
     """Return trained plain networks with inserted gates, each fine-tuned as long as the plain one beside it."""
-    runs: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    runs: dict[tuple[str, int, float, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for run in load_insertions():
-        runs[run['model'], run['epochs']][run['gate']].append(run)
+        runs[run['model'], run['epochs'], run['before']['top1'], run['before']['data_sha256']][run['gate']].append(run)
     rows = []
-    released = released_results()
-    for (model, epochs), gates in sorted(runs.items()):
-        before = released[look_up('released model', model, released)]['test']['top1']
+    for (model, epochs, before, _), gates in sorted(runs.items()):
         plain = {r['seed']: r['top1'] for r in gates.get('', [])}
         for gate in sorted(gates):
             top1 = {r['seed']: r['top1'] for r in gates[gate]}

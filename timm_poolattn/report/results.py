@@ -58,7 +58,7 @@ def load_insertions() -> list[dict[str, Any]]:
     for path in sorted(INSERTIONS_DIR.glob('*.json')):
         try:
             runs.append(json.loads(path.read_text(encoding='utf-8')))
-            if not {'model', 'gate', 'seed', 'epochs', 'top1', 'parameters'} <= runs[-1].keys():
+            if not {'model', 'gate', 'seed', 'epochs', 'before', 'top1', 'parameters'} <= runs[-1].keys():
                 raise ValueError
         except (ValueError, AttributeError):
             raise UserError(f'{path}: not a results file of insert_gates.py; delete it, and run that again') from None
