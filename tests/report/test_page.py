@@ -180,7 +180,7 @@ class TestPage:
             ['1: +0.10', f'2: {top1 - 92.6:+.2f}'],
         ]
         how = column(tab, 'training')[0]
-        assert '1: saam-cifar10, 182 epochs, 2 seeds' in how
+        assert '1: saam-cifar10, 182 epochs, 2 runs' in how
         assert f'2: {recipe_name(ours)}, {ours["epochs"]} epochs, 1 run' in how
         assert column(tab, 'images/s') == ['1,235']
         (card,) = tab.locator('#body a', has_text='model card').all()
