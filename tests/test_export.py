@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_poolattn.cli import main
 from timm_poolattn.export import FORMATS, export
-from timm_poolattn.layers import GATES
+from timm_poolattn.layers import GATES, FocusAssociation, create_gate, fa_weight
 from timm_poolattn.utils import UserError
 
 #: What is tested by default: SE and FA in one; of SAAM, ONNX is what the command writes below.
@@ -66,6 +66,44 @@ def test_pt2(name, tmp_path):
     assert export(model, path, 'pt2')['difference'] < 1e-4
     program, x = torch.export.load(path), images(model, 5)
     close(program.module()(x), model(x))
+
+
+class Gated(nn.Module):
+    """A gate between convolutions; FA's is of two blocks, so that the second has an association."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.stem, self.end = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3)
+        self.gate = create_gate(name, 16) if name in GATES else None
+        self.fa = None if self.gate else nn.ModuleList([FocusAssociation(16, 1), FocusAssociation(16, 2)])
+
+    def forward(self, x):
+        x, ks = self.stem(x), []
+        if self.fa is None:
+            return self.end(self.gate(x))
+        for fa in self.fa:
+            ks = [*ks, fa(x, ks)]
+            x = fa_weight(x, x.relu(), ks[-1])
+        return self.end(x)
+
+
+@pytest.mark.parametrize('name', [*GATES, 'fa'])
+def test_what_other_runtimes_can_read(name):
+    """ExecuTorch, Core ML, pnnx and ncnn refuse these operators, and ExecuTorch weights in any other layout.
+
+    The height and width of an exported graph may be ranges.
+    """
+    model = Gated(name).eval()
+    x = torch.randn(2, 3, 12, 10)
+    traced = torch.jit.trace(model, x)
+    torch._C._jit_pass_inline(traced.graph)
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert 'aten::_convolution' in kinds and not kinds & {'aten::view_as', 'aten::addcmul', 'aten::var_mean'}
+    sides = dict(zip((2, 3), (torch.export.Dim(d, min=4, max=512) for d in 'hw'), strict=True))
+    program = torch.export.export(model, (x,), dynamic_shapes=(sides,))
+    assert all(t.stride() == torch.empty(t.shape).stride() for t in program.state_dict.values())
+    other = torch.randn(2, 3, 7, 9)
+    close(program.module()(other), model(other))
 
 
 @pytest.mark.parametrize('name', cases([name for name in NAMES if name.startswith('resnet20')]))

@@ -25,7 +25,7 @@ def fake():
 @pytest.mark.parametrize('name', GATES)
 def test_gates(fake, name, train):
     gate = create_gate(name, 16, device='cuda').train(train)
-    assert gate(torch.randn(2, 16, 6, 5, device='cuda')).device == CUDA
+    assert gate(torch.randn(2, 16, 6, 5, device='cuda', requires_grad=train)).device == CUDA
 
 
 @pytest.mark.parametrize('reweight', REWEIGHT_FORMS)

@@ -1,5 +1,6 @@
 """train_scripts/zoo.py: what it plans, what it keeps, and that a killed zoo goes on."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -14,6 +15,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from timm_poolattn.training.arguments import parse_arguments
+from timm_poolattn.training.timm_script import load_train_script
 from timm_poolattn.utils import UserError, released
 
 SCRIPT = Path(__file__).parents[1] / 'train_scripts' / 'zoo.py'
@@ -137,6 +140,24 @@ def test_the_manifest_of_the_releases(zoo, tmp_path):
     keys = ('model', 'tag', 'recipe', 'epochs', 'seed')
     made = {(*(r[key] for key in keys), r['warm_start'].split()[0] if 'warm_start' in r else None) for r in results}
     assert {(run.model, run.data, run.recipe, run.epochs, run.seed, run.warm_start) for run in runs} == made
+
+
+def test_the_manifest_of_the_releases_has_their_arguments(zoo, tmp_path, train_script):
+    ours = argparse.ArgumentParser(allow_abbrev=False)
+    ours.add_argument('--crop-padding', type=int)
+    ours.add_argument('--teacher', action='append')
+    for run in zoo.read_manifest(SCRIPT.with_name('zoo-cpu.yaml'), tmp_path):
+        result = json.loads((released()[f'{run.model}.{run.data}'] / 'results.json').read_text())
+        own, timms = ours.parse_known_args(run.args)
+        assert own.crop_padding == result['options']['crop_padding']
+        assert own.teacher == result['options'].get('teacher')
+        argv = ['--model', f'{run.model}.{run.data}', '--epochs', str(run.epochs), *timms]
+        given = parse_arguments(load_train_script(train_script), argv, run.recipe).given
+        places = ('val_split', 'initial_checkpoint', 'seed', 'config', 'device')
+        given, recorded = ({k: v for k, v in of.items() if k not in places} for of in (given, result['arguments']))
+        if own.teacher:  # whose targets are smooth
+            given['smoothing'] = 0.0
+        assert given == recorded, run.folder.name
 
 
 @pytest.mark.parametrize(('there', 'new', 'kept'), [(None, 90.0, 'new'), (89.0, 90.0, 'new'), (91.0, 90.0, 'there')])

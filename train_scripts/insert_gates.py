@@ -4,9 +4,9 @@
     python train_scripts/insert_gates.py --data-dir cifar10/ --model resnet20.cifar10 --epochs 3 [ARGUMENTS OF TRAIN.PY]
 
 Each --gate starts without effect (`identity_init`), so every run starts at the plain network's accuracy. The
-accuracy is that of the last epoch. A run with a results file is done; the others go on from their last checkpoint, so
-after any interruption the same command does the rest. `python -m timm_poolattn.report.readme_tables` makes the table of
-timm_poolattn/models/README.md from the files.
+accuracy is that of the last epoch. A run from these weights with a results file is done; the others go on from their
+last checkpoint, so after any interruption the same command does the rest. `python -m timm_poolattn.report.readme_tables`
+makes the table of timm_poolattn/models/README.md from the files.
 """
 
 import json
@@ -38,15 +38,15 @@ def inserted(pretrained: bool = False, base: str = '', gate: str = '', **kwargs)
     return timm_poolattn.insert(model, gate) if gate else model
 
 
-def run_name(model: str, gate: str, seed: int, epochs: int) -> str:
-    """Name a run's folder and its results file."""
-    return f'{model}-{gate or "plain"}-{epochs}-{seed}'
-
-
 def first_weights(model: str) -> dict[str, float | str]:
     """Return what tells a release of `model` from an earlier or later one."""
     release = released_results()[model]
     return dict(top1=release['test']['top1'], data_sha256=release['weights']['data_sha256'])
+
+
+def run_name(model: str, gate: str, seed: int, epochs: int) -> str:
+    """Name a run's folder and its results file: other first weights are another run."""
+    return f'{model}-{first_weights(model)["data_sha256"][:8]}-{gate or "plain"}-{epochs}-{seed}'
 
 
 def fine_tune(model: str, gate: str, seed: int, epochs: int, data_dir: str, runs: Path, train_args: list[str]) -> dict:
@@ -96,11 +96,8 @@ def main(data_dir: str, model: str, epochs: int, gates: tuple, seeds: tuple, run
         for seed, gate in product(seeds, ('', *gates)):
             path = INSERTIONS_DIR / f'{run_name(model, gate, seed, epochs)}.json'
             if path.is_file():
-                done = json.loads(path.read_text())
-                if (others := done['train_args']) != list(train_args):
+                if (others := json.loads(path.read_text())['train_args']) != list(train_args):
                     raise UserError(f'{path}: trained with {others}, not {list(train_args)}; move it away')
-                if done['before'] != first_weights(model):
-                    raise UserError(f'{path}: began from other weights of {model}; move those of all gates away')
                 before += 1
                 continue
             result = fine_tune(model, gate, seed, epochs, data_dir, runs, list(train_args))

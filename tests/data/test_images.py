@@ -60,6 +60,9 @@ def test_one_by_one_for_timms_loader(image_folder, tmp_path):
             assert np.array_equal([np.asarray(pixels) for pixels, _ in files], data.images)
     dogs = ImageFiles(image_folder, 'test', channels=1, class_to_idx={'dog': 7})
     assert len(dogs) == 4 and dogs[0][0].mode == 'L' and dogs[0][1] == 7
+    for mode in ('w:gz', 'w:bz2', 'w:xz'):
+        with pytest.raises(UserError, match='decompress this tar anew for each image; unpack it first'):
+            ImageFiles(tar_of(image_folder, tmp_path / 'pets.tar.z', mode), 'train')
 
 
 def test_real_images(cifar10_mini):

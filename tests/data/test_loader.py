@@ -100,15 +100,15 @@ def test_incomplete_batches():
     assert len(loader(batch_size=20)) == 2 and len(loader(batch_size=64)) == 1
 
 
+@pytest.mark.parametrize('batch_size', [5, 16])
 @pytest.mark.parametrize('is_training', [True, False])
-def test_ranks_share_an_epoch(is_training):
-    shares = [
-        torch.cat([t for _, t in loader(batch_size=5, is_training=is_training, rank=r, world_size=4)]) for r in range(4)
-    ]
+def test_ranks_share_an_epoch(is_training, batch_size):
+    ranks = [loader(batch_size=batch_size, is_training=is_training, rank=r, world_size=4) for r in range(4)]
+    shares = [torch.cat([t for _, t in rank]) for rank in ranks]
     assert len({len(s) for s in shares}) == 1
     every = torch.cat(shares).tolist()
-    if is_training:
-        assert len(set(every)) == len(every) == 40  # 12 each, in batches of 5: the incomplete ones are left out
+    if is_training:  # 12 each: batches of 5 leave the incomplete one out, a single batch is what there is
+        assert len(set(every)) == len(every) == (40 if batch_size == 5 else 48)
     else:
         assert set(every) == set(range(50)) and len(every) == 52
 
@@ -119,8 +119,9 @@ def test_dtype():
 
 
 def test_random_erasing_and_mixup():
-    input, _ = next(iter(loader(erasing=BatchErasing(1.0))))
-    assert (input == 0).any()
+    (input, _), (whole, _) = (next(iter(loader(erasing=erasing))) for erasing in (BatchErasing(1.0), None))
+    erased = (input != whole).any(1)
+    assert erased.any((1, 2)).all() and not erased.all() and (input == 0).all(1)[erased].all()
     for mode in ('const', 'rand', 'pixel'):
         input, _ = next(iter(loader(erasing=BatchErasing(1.0, mode))))
         assert input.is_contiguous(memory_format=torch.channels_last)

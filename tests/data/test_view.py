@@ -113,6 +113,12 @@ def test_view_is_timms_evaluation(size, crop_mode, crop_pct, input_size):
     assert pixels.sub(mean).div(std).equal(expected)
 
 
+def test_what_timm_would_take_for_the_default_is_refused():
+    for key, value in (('crop_mode', 'boarder'), ('interpolation', 'cubic')):
+        with pytest.raises(UserError, match=f'unknown {key} {value!r}; '):
+            View((3, 32, 32), **{key: value})
+
+
 def test_bounds(tmp_path):
     """What would take gigabytes is refused by the header alone, or before it is resized."""
     for width, height in [(12_000, 12_000), (60_000, 60_000), (2**31 - 1, 1)]:

@@ -206,10 +206,17 @@ def test_spem_parameters(kwargs, parameters):
         (lambda: SPEM(8, fixed_lambda=1.5), r'fixed_lambda=1.5 must lie in \[0, 1\]'),
         (lambda: SPEM(8, reweight='h'), "unknown reweight 'h'; choose from sum"),
         (lambda: SAAM(8, kernel_size=4), 'kernel_size=4 must be odd'),
+        (lambda: SAAM(8, kernel_size=-1), 'kernel_size=-1 must be odd and at least 1'),
         (lambda: SAAM(8, paths=0), 'paths=0 must be at least 1'),
+        (lambda: create_gate('cbam', 8, kernel_size=-3), 'kernel_size=-3 must be odd and at least 1'),
         (lambda: create_gate('sge', 12), 'groups=8 must divide channels=12'),
+        (lambda: create_gate('sge', 12, groups=0), 'groups=0 must divide channels=12, and be at least 1'),
+        (lambda: create_gate('sge', 12, groups=-4), 'groups=-4 must divide channels=12, and be at least 1'),
+        (lambda: create_gate('se', 16, rd_channels=0), 'SEModule: rd_channels=0 must be at least 1'),
+        (lambda: create_gate('se2', 16, rd_channels=0), 'ChannelAttn: rd_channels=0 must be at least 1'),
         (lambda: create_gate('see', 12), "unknown gate 'see'; choose from se"),
         (lambda: FocusAssociation(8, 0), 'index=0 must be at least 1'),
+        (lambda: FocusAssociation(8, 2, expand_ratio=0), 'expand_ratio=0 must be at least 1'),
     ],
 )
 def test_constructor_errors(make, message):

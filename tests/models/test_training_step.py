@@ -153,14 +153,18 @@ _COMPILED = [
 
 #: Compiling takes seconds. These have no code that another gate has not.
 _ALIKE = (None, 'saam2', 'saam4', 'fase')
-_COMPILED_GATES = [pytest.param(name, marks=pytest.mark.slow if name in _ALIKE else ()) for name in ALL_GATES]
+_COMPILED_GATES = [
+    *(pytest.param(name, 'basic', marks=pytest.mark.slow if name in _ALIKE else ()) for name in ALL_GATES),
+    ('spem', 'bottleneck'),  # its own backbone's
+    pytest.param('fa', 'bottleneck', marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize('backend, layout, dtype', _COMPILED)
-@pytest.mark.parametrize('name', _COMPILED_GATES)
-def test_three_compiled_steps_are_finite(name, backend, layout, dtype):
+@pytest.mark.parametrize('name, block', _COMPILED_GATES)
+def test_three_compiled_steps_are_finite(name, block, backend, layout, dtype):
     own = torch.float64 if dtype == 'float64' else torch.float32
-    model = network(name, own).to(memory_format=LAYOUTS[layout])
+    model = network(name, own, block).to(memory_format=LAYOUTS[layout])
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend)
     for images in IMAGES.values():
@@ -182,9 +186,9 @@ def test_inductor_with_dynamic_sides(name, layout):
         torch.testing.assert_close(gradient, torch.autograd.grad(gate(x).square().sum(), x)[0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', _COMPILED_GATES)
-def test_compiled_gradients_are_the_eager_ones(name):
-    model = network(name, torch.float64)
+@pytest.mark.parametrize('name, block', _COMPILED_GATES)
+def test_compiled_gradients_are_the_eager_ones(name, block):
+    model = network(name, torch.float64, block)
     images, weights = IMAGES['random'].double(), torch.randn(4, 10, dtype=torch.double)
     gradients = []
     torch._dynamo.reset()

@@ -2,7 +2,8 @@ import pytest
 import timm
 import torch
 
-from timm_poolattn.papers import model_args, table_rows
+from timm_poolattn.papers import architecture, model_args, paper_top1, row_top1, table_rows
+from timm_poolattn.report.counts import look_up_count
 
 
 def test_all_rows_are_there():
@@ -22,6 +23,24 @@ def test_parameters(row):
     if 'params_exact_with_bn_stats' in row:
         stats = sum(b.numel() for name, b in model.named_buffers() if 'running' in name)
         assert parameters + stats == row['params_exact_with_bn_stats']
+
+
+def test_imagenet5_is_the_tiny_imagenet_network_with_five_classes():
+    rows = [row for row in table_rows() if row['dataset'] == 'imagenet5']
+    assert len(rows) == 4
+    for row in rows:
+        tiny = model_args({**row, 'dataset': 'tiny_imagenet'})
+        assert architecture(model_args(row)) == architecture({**tiny, 'num_classes': 5})
+        assert look_up_count(**model_args(row))['multiply_adds'] == pytest.approx(
+            (224 / 64) ** 2 * look_up_count(**tiny)['multiply_adds'], rel=0.01
+        )
+
+
+def test_a_papers_figure_is_of_the_same_network():
+    assert paper_top1('resnet32', 'cifar10') is None  # the FA paper's has shortcuts with weights
+    assert paper_top1('resnet56_fa', 'tiny_imagenet') != paper_top1('resnet56_fa', 'cifar100')
+    fa = next(row for row in table_rows() if row['model'] == 'resnet56_fa' and row['dataset'] == 'tiny_imagenet')
+    assert paper_top1('resnet56_fa', 'tiny_imagenet') == row_top1(fa)  # not ImageNet-5's
 
 
 def test_ablations():

@@ -7,9 +7,10 @@ import pytest
 import timm
 
 from timm_poolattn.models import FAMILIES
-from timm_poolattn.report import counts
+from timm_poolattn.report import counts, model_list
 from timm_poolattn.report.counts import count_model, countable, look_up_count
 from timm_poolattn.report.model_list import list_models
+from timm_poolattn.utils import released
 
 PACKAGED = json.loads(Path(counts.__file__).with_name('counts.json').read_text())
 SAMPLE = ['resnet20_saam', 'resnet56_fase', 'resnet83_spem', 'vgg19_se', 'resnext29_fa']
@@ -42,8 +43,13 @@ def test_what_is_not_in_the_file_is_counted():
     assert more == 9 * (7 * 7 - 5 * 5)
 
 
-def test_list_marks_weights():
-    (row,) = list_models('resnet110_saam', trained=True)
-    assert row['top1'].keys() == row['weights'].keys() and set(row['weights'].values()) <= {'packaged', 'download'}
-    assert all(r['top1'] for r in list_models(trained=True))
-    assert len(list_models()) > len(list_models(trained=True)) > 0
+def test_list_marks_weights(tmp_path, monkeypatch):
+    folders = {name: tmp_path / name for name in released()}
+    folders['resnet20.cifar10'].mkdir()
+    (folders['resnet20.cifar10'] / 'model.safetensors').touch()
+    monkeypatch.setattr(model_list, 'released', lambda: folders)
+    trained = list_models(trained=True)
+    weights = {f'{row["model"]}.{tag}': where for row in trained for tag, where in row['weights'].items()}
+    assert weights == {name: 'packaged' if name == 'resnet20.cifar10' else 'download' for name in folders}
+    assert all(row['top1'].keys() == row['weights'].keys() for row in trained)
+    assert len(list_models()) > len(trained) > 0

@@ -18,6 +18,22 @@ from timm_poolattn.report.readme_tables import (
 from timm_poolattn.report.results import load_results, read_results
 from timm_poolattn.utils import UserError, released
 
+MODEL_TITLES = {
+    'inference': 'inference_to_plain',
+    'training': 'training_to_plain',
+    'memory': 'peak_to_plain',
+    'inference, to authors': 'inference_to_authors',
+    'training, to authors': 'training_to_authors',
+}
+GATE_TITLES = {
+    'forward': 'forward_ms_to_identity',
+    'training': 'training_ms_to_identity',
+    'forward, to SE': 'forward_ms_to_se',
+    'training, to SE': 'training_ms_to_se',
+    'moved': 'forward_moved',
+    'peak': 'peak_maps',
+}
+
 
 def test_models_are_those_of_the_results_files():
     table = models_table()
@@ -36,11 +52,23 @@ def test_the_checkouts_are_up_to_date():
 
 
 def test_benchmarks_are_those_of_the_json():
-    table = benchmark_tables()
-    for result in benchmark_files('models') + benchmark_files('gates'):
-        assert result['date'] in table and result['torch'] in table
-        for row in result['rows']:
-            assert f'| {row["gate" if "gate" in row else "model"]} |' in table
+    """Each number lies in the row and under the title of what it is."""
+    blocks = benchmark_tables().split('\n\n')
+    results = benchmark_files('models') + benchmark_files('gates')
+    for result, facts, block in zip(results, blocks[::2], blocks[1::2], strict=True):
+        assert result['date'] in facts and result['torch'] in facts
+        head, _, *lines = ([cell.strip() for cell in line.strip('|').split('|')] for line in block.splitlines())
+        largest = max((row['size'] for row in result['rows'] if 'size' in row), default=None)
+        rows = [row for row in result['rows'] if row.get('size') == largest]
+        titles = GATE_TITLES if largest else MODEL_TITLES
+        for cells, row in zip(lines, rows, strict=True):
+            shown = dict(zip(head, cells, strict=True))
+            assert [shown['layout'], shown['dtype']] == [row['layout'], row['dtype']]
+            assert cells[0] == (row['gate'] if largest else row['model'])
+            assert shown.get('mode') == (None if largest else row['mode'])
+            for title, key in titles.items():
+                digits = 1 if largest else 2
+                assert shown.get(title, '') == (f'{row[key]:.{digits}f}' if key in row else ''), title
 
 
 def test_csv_has_a_line_for_each_run():

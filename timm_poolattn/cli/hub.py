@@ -17,7 +17,6 @@ def hub() -> None:
 
 @hub.command()
 @click.argument('run_dir', type=click.Path())
-@click.option('--name', help="The model. Default: the run's, and any other is refused.")
 @click.option('--tag', required=True, help='The training data: cifar10, cifar100, or a name for your own.')
 @click.option(
     '--checkpoint',

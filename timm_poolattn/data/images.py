@@ -125,6 +125,9 @@ class ImageFiles(Dataset):
         split: as in `load_images`.
         channels: 1 for grey images, 3 for RGB.
         class_to_idx: the classes to take and their numbers. Default: all, in order.
+
+    Raises:
+        UserError: a compressed tar, which can only be read from its start.
     """
 
     def __init__(
@@ -134,6 +137,8 @@ class ImageFiles(Dataset):
         self.class_to_idx = class_to_idx or {name: i for i, name in enumerate(listing.classes)}
         self.images = [image for image in listing.images if image.class_name in self.class_to_idx]
         self.source = listing.source
+        if self.source.is_compressed:
+            raise UserError(f"{root}: timm's loader would decompress this tar anew for each image; unpack it first")
         self.channels = channels
         self.transform = None  # which the loader sets
 

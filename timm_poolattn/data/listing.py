@@ -1,6 +1,7 @@
 """Which images a split has: the same ones from a folder and from a tar of it. Nothing is decoded here."""
 
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -53,6 +54,8 @@ class _Image(NamedTuple):
 class Folder:
     """A folder of splits or of classes. Places are real paths."""
 
+    is_compressed = False
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.root = os.path.realpath(path)
@@ -91,6 +94,7 @@ class Archive:
         self.strays: list[str] = []  # whose names lead out of the archive
         self.folders: dict[str, set[str]] = {'': set()}
         with _damages(path), tarfile.open(path) as tar:
+            self.is_compressed = not isinstance(tar.fileobj, io.BufferedReader)
             count = 0
             while (member := tar.next()) is not None:
                 tar.members.clear()  # it keeps them all, and two millions of any kind are gigabytes

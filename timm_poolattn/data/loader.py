@@ -214,7 +214,7 @@ class ResidentLoader:
             generator = torch.Generator().manual_seed(
                 random.Random(f'{self.dataset.seed}/{self.dataset.epoch}').getrandbits(32)
             )
-            order = torch.randperm(n, generator=generator)
+            order = torch.randperm(n, generator=generator)[: self._share() * self.world_size]
         else:
             order = torch.arange(self._share() * self.world_size) % n  # as timm does, the first fill up the last share
         window = torch.arange(n)

@@ -20,6 +20,8 @@ from ..utils import MissingFileError, UserError, look_up
 
 #: timm's names of ways to resize.
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+#: timm's names of ways to crop in evaluation.
+CROP_MODES = ('center', 'squash', 'border')
 #: The largest image that is decoded or resized to, in pixels, and the largest file. They bound the decoder's memory.
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**28
@@ -34,8 +36,8 @@ class View:
     Args:
         input_size: (C, H, W) of the model.
         crop_pct: share of the resized image's side that the crop keeps.
-        crop_mode: timm's: 'center', 'squash' or 'border'.
-        interpolation: of the resizing.
+        crop_mode: one of `CROP_MODES`.
+        interpolation: of the resizing, one of `INTERPOLATIONS`.
         mean: colour of 'border', in [0, 1].
     """
 
@@ -58,6 +60,7 @@ class View:
         if (side := max(self.input_size[1:]) / self.crop_pct) ** 2 > MAX_PIXELS:
             raise UserError(f'images would be resized to {side:.0f}x{side:.0f}; {MAX_PIXELS:,} pixels are the most')
         look_up('interpolation', str(self.interpolation), INTERPOLATIONS)
+        look_up('crop_mode', str(self.crop_mode), CROP_MODES)  # timm takes any other for 'center'
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> 'View':

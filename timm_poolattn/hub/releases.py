@@ -36,13 +36,12 @@ def release(
     run_dir: str | Path,
     tag: str,
     *,
-    name: str | None = None,
     checkpoint: str = 'last',
     data_dir: str | Path | None = None,
     out: Path | None = None,
     onnx: bool = False,
 ) -> Path:
-    """Lay out `<name>.<tag>/` from a run of `poolattn train`.
+    """Lay out `<model>.<tag>/` from a run of `poolattn train`.
 
     The folder holds config.json and model.safetensors (timm's save_for_hf), results.json, the model card README.md and
     `.eval_results/`. The metadata of model.safetensors names the architecture, the package's version, the git commit of
@@ -54,7 +53,6 @@ def release(
     Args:
         run_dir: output folder of the run.
         tag: the training data: one of `DATASETS`, or a word of one's own, of small letters, digits, _ and -.
-        name: the model. Default: the run's, and any other is refused.
         checkpoint: 'last', or 'best' on the test set, which flatters its accuracy there. Of either, the exponential
             moving average where the run kept one.
         data_dir: the data to evaluate on. Default: the run's own.
@@ -64,9 +62,8 @@ def release(
 
     Raises:
         MissingFileError: no finished run in `run_dir`.
-        UserError: no `out` and no checkout, a bad tag, an unknown checkpoint, a `name` that the run did not train, a
-            network that is not its name's, data that are not the run's or the tag's, or a place that cannot be written
-            to.
+        UserError: no `out` and no checkout, a bad tag, an unknown checkpoint, a network that is not its name's, data
+            that are not the run's or the tag's, or a place that cannot be written to.
     """
     if out is None and (hub_configs_dir().parent / '__init__.py').is_file():
         raise UserError('no checkout here, and an installed package keeps its weights: --out names a folder')
@@ -81,8 +78,6 @@ def release(
         if not (run_dir / file).is_file():
             raise MissingFileError(f'{run_dir}: no {file}; is it the output folder of a finished `poolattn train`?')
     arch, kwargs = run.untrained_model().pretrained_cfg['architecture'], run.args.get('model_kwargs') or {}
-    if name not in (None, arch):
-        raise UserError(f'{run_dir}: the run trained {arch}, not {name}; release it as --name {arch}')
     look_up('model', arch, timm.list_models(module=FAMILIES), f'{run_dir}: a release is of one of our models')
     own = timm.model_entrypoint(arch).model_args
     allowed = {**own, **{k: kwargs.get(k) for k in CONFIG_ARGS}}

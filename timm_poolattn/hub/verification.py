@@ -22,7 +22,7 @@ from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from ..data.view import INTERPOLATIONS
+from ..data.view import CROP_MODES, INTERPOLATIONS
 from ..inference import evaluate, load_data
 from ..models import FAMILIES, HubError, data_sha256, hub_errors, redact
 from ..papers import DATASETS
@@ -380,7 +380,7 @@ class _Release:
             for value in values:
                 _in_range(f'config.json: {key}', value, low, 1)
         _in_range('config.json: crop_pct', cfg.get('crop_pct'), 0.1, 1)
-        for key, known in (('interpolation', INTERPOLATIONS), ('crop_mode', ('center', 'squash', 'border'))):
+        for key, known in (('interpolation', INTERPOLATIONS), ('crop_mode', CROP_MODES)):
             if cfg.get(key) not in known:
                 raise UserError(f'config.json: {key} is {cfg.get(key)!r}, not one of {", ".join(known)}')
         pool = cfg.get('pool_size')

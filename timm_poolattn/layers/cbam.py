@@ -25,7 +25,7 @@ class CBAM(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        UserError: an even `kernel_size`, or an `rd_ratio` that leaves no channel.
+        UserError: a `kernel_size` that is even or below 1, or an `rd_ratio` that leaves no channel.
         RuntimeError: the input has another number of channels.
     """
 
@@ -38,8 +38,8 @@ class CBAM(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        if kernel_size % 2 != 1:
-            raise UserError(f'CBAM: kernel_size={kernel_size} must be odd')
+        if kernel_size < 1 or kernel_size % 2 != 1:
+            raise UserError(f'CBAM: kernel_size={kernel_size} must be odd and at least 1')
         check_rd_ratio(channels, rd_ratio, 'CBAM')
         dd = {'device': device, 'dtype': dtype}
         super().__init__()

@@ -4,7 +4,7 @@ from timm.layers import SEModule, create_attn
 from timm.layers.cbam import ChannelAttn
 from torch import nn
 
-from ..utils import look_up
+from ..utils import UserError, look_up
 from .arguments import check_rd_ratio
 from .cbam import CBAM
 from .eca import ECA
@@ -19,6 +19,8 @@ def _reduced(layer: type[nn.Module], channels: int, *, rd_ratio: float, rd_chann
     """Build one of timm's layers, whose own rounding would make one hidden channel of none."""
     if rd_channels is None:
         check_rd_ratio(channels, rd_ratio, layer.__name__)
+    elif rd_channels < 1:  # timm takes 0 for None
+        raise UserError(f'{layer.__name__}: rd_channels={rd_channels} must be at least 1')
     return layer(channels, rd_ratio=rd_ratio, rd_channels=rd_channels, **kwargs)
 
 

@@ -34,7 +34,8 @@ class SAAM(nn.Module):
     Parameters are 2 C^2 rd_ratio + K kernel_size^2: no layer has a bias.
 
     Raises:
-        UserError: an even `kernel_size`, `paths` or `rd_channels` below 1, or an `rd_ratio` that leaves no channel.
+        UserError: an even `kernel_size`, one below 1, `paths` or `rd_channels` below 1, or an `rd_ratio` that leaves no
+            channel.
         RuntimeError: the input has another number of channels.
     """
 
@@ -50,8 +51,8 @@ class SAAM(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        if kernel_size % 2 != 1:
-            raise UserError(f'SAAM: kernel_size={kernel_size} must be odd, so that V has the size of its input')
+        if kernel_size < 1 or kernel_size % 2 != 1:
+            raise UserError(f'SAAM: kernel_size={kernel_size} must be odd and at least 1: V has the size of its input')
         if paths < 1:
             raise UserError(f'SAAM: paths={paths} must be at least 1')
         if rd_channels is None:
@@ -62,22 +63,35 @@ class SAAM(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.conv = nn.Conv2d(1, paths, kernel_size, padding=kernel_size // 2, bias=False, **dd)
-        # With one channel both layouts are the same in memory. Where the strides say contiguous, oneDNN takes 16 times
-        # as long for the gradient of the input (11.6 and 0.7 ms, float32, 64 maps of 32 x 32, one thread).
-        self.conv.weight = nn.Parameter(self.conv.weight.detach().to(memory_format=torch.channels_last))
         self.fc1 = nn.Linear(channels, rd_channels, bias=False, **dd)
         self.fc2 = nn.Linear(rd_channels, channels, bias=False, **dd)
 
     def score_map(self, x: torch.Tensor) -> torch.Tensor:
         """Return V of Eq. 7, shape (B, K, H, W): for each sample and path non-negative, with sum 1 over H, W."""
-        u = self.conv(x.mean(1, keepdim=True))  # Eq. 5, 6
+        return self._scores(x).unflatten(2, x.shape[2:])
+
+    def _scores(self, x: torch.Tensor) -> torch.Tensor:
+        """Return V, shape (B, K, H*W)."""
+        u = self.conv(_as_channels_last(x.mean(1, keepdim=True)))  # Eq. 5, 6
         # float16's range: a score that overflows would turn the softmax into NaN. Wider dtypes lose little: scores that
         # far apart give a softmax of 0 and 1. (OpenVINO converts no torch.nan_to_num, FX traces no torch.finfo.)
-        u = u.clamp(-65504.0, 65504.0)
-        return u.flatten(2).softmax(dim=-1).view_as(u)  # Eq. 7
+        return u.clamp(-65504.0, 65504.0).flatten(2).softmax(dim=-1)  # Eq. 7
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        v = self.score_map(x).to(x.dtype)
-        s = v.flatten(2) @ x.flatten(2).transpose(1, 2)  # Eq. 4: (B, K, C); torch's older ONNX exporter has no mT
+        v = self._scores(x).to(x.dtype)
+        s = v @ x.flatten(2).transpose(1, 2)  # Eq. 4: (B, K, C); torch's older ONNX exporter has no mT
         g = self.fc2(F.relu(self.fc1(s)).sum(1))  # Eq. 9; fc2 is linear, so the sum over paths may come before it
         return x * F.sigmoid(g).to(x.dtype)[:, :, None, None]  # Eq. 8, 10
+
+
+def _as_channels_last(u: torch.Tensor) -> torch.Tensor:
+    """Give u (B, 1, H, W) the strides of channels last: with one channel both layouts are the same in memory.
+
+    Where they say contiguous, oneDNN takes 16 times as long for the gradient of the convolution's input (11.6 and
+    0.7 ms, float32, 64 maps of 32 x 32, one thread). Compiled or exported, u stays as it is: inductor gains nothing by
+    it and fails on it where sides are dynamic.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102  nested, so that TorchScript leaves it out
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            return u.squeeze(1).unsqueeze(3).permute(0, 3, 1, 2)
+    return u

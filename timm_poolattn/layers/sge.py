@@ -29,8 +29,8 @@ class SGE(nn.Module):
     """
 
     def __init__(self, channels: int, *, groups: int = 8, eps: float = 1e-5, device=None, dtype=None) -> None:
-        if channels % groups:
-            raise UserError(f'SGE: groups={groups} must divide channels={channels}')
+        if groups < 1 or channels % groups:
+            raise UserError(f'SGE: groups={groups} must divide channels={channels}, and be at least 1')
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.groups = groups
@@ -46,7 +46,7 @@ class SGE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         groups = x.unflatten(1, (self.groups, -1))  # (B, G, C/G, H, W)
-        c = (groups * groups.mean((3, 4), keepdim=True)).sum(2).flatten(2)  # similarity (B, G, H*W)
-        c = (c - c.mean(2, keepdim=True)) / (c.std(2, unbiased=False, keepdim=True) + self.eps)
-        a = F.sigmoid(c * self.weight + self.bias).to(x.dtype)
-        return (groups * a.unflatten(2, x.shape[2:]).unsqueeze(2)).flatten(1, 2)
+        c = (groups * groups.mean((3, 4), keepdim=True)).sum(2)  # similarity (B, G, H, W)
+        c = (c - c.mean((2, 3), keepdim=True)) / (c.std((2, 3), unbiased=False, keepdim=True) + self.eps)
+        a = F.sigmoid(c * self.weight[:, :, None] + self.bias[:, :, None]).to(x.dtype)
+        return (groups * a.unsqueeze(2)).flatten(1, 2)

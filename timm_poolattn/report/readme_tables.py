@@ -102,14 +102,16 @@ def insertions_table() -> str:
     for run in load_insertions():
         runs[run['model'], run['epochs'], run['before']['top1'], run['before']['data_sha256']][run['gate']].append(run)
     rows = []
-    for (model, epochs, before, _), gates in sorted(runs.items()):
+    now = {name: r['weights']['data_sha256'] for name, r in released_results().items()}
+    for (model, epochs, before, weights), gates in sorted(runs.items()):
+        start = f'{before:.2f}{"" if now.get(model) == weights else " (weights released before)"}'
         plain = {r['seed']: r['top1'] for r in gates.get('', [])}
         for gate in sorted(gates):
             top1 = {r['seed']: r['top1'] for r in gates[gate]}
             after = f'{statistics.mean(top1.values()):.2f}'
             gains = ', '.join(f'{top1[seed] - plain[seed]:+.2f}' for seed in sorted(top1) if gate and seed in plain)
             parameters = f'{gates[gate][0]["parameters"]:,}'
-            rows.append([f'`{model}`', gate or 'plain', parameters, f'{before:.2f}', str(epochs), after, gains])
+            rows.append([f'`{model}`', gate or 'plain', parameters, start, str(epochs), after, gains])
     columns = ['network', 'gate', 'parameters', 'top-1 before (%)', 'epochs', 'after, mean', 'gain over plain, by seed']
     return _table(columns, rows)
 

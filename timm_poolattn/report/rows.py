@@ -8,24 +8,17 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import timm
 import yaml
 
 from ..bench.backbones import plain_args
-from ..papers import DATASETS, model_args, row_top1, table_rows
+from ..papers import DATASETS, architecture, model_args, row_top1, table_rows
 from ..training import recipes, teachers_of
 from .counts import look_up_count
 from .results import released_results
 
 _PAPERS = dict(spem='SPEM', saam='SAAM', fa='FA')
-#: ImageNet-5 is the FA paper's, Sec. V, and no model's tag.
+#: ImageNet-5 is the FA paper's, Sec. IV-D, and no model's tag.
 _DATASETS = dict(DATASETS, imagenet5=dict(title='ImageNet-5', train_images=5 * 1040))
-
-
-@cache
-def _architecture(args: str) -> str:
-    """Return what tells architectures apart: defaults that one place spells out and another does not are the same."""
-    return repr(timm.create_model(**json.loads(args), device='meta'))
 
 
 def _run_args(result: dict[str, Any]) -> dict[str, Any]:
@@ -38,8 +31,7 @@ def results_of(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[
     same = [r for r in results if f'{r["model"]}.{r["tag"]}' == args['model_name']]
     if not same:
         return []
-    wanted = _architecture(json.dumps(args))
-    return [r for r in same if _architecture(json.dumps(_run_args(r))) == wanted]
+    return [r for r in same if architecture(_run_args(r)) == architecture(args)]
 
 
 def recipe_name(result: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from .penalty import PenaltyTask, with_penalty
 from .recovery import RunStopped, newest_checkpoint
 from .runner import train
 from .runs import Run, read_curve, read_run, teachers_of
-from .soft_targets import soft_targets
+from .teachers import soft_targets
 from .timm_script import find_train_script
 from .warm_starts import warm_start
 

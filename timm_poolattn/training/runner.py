@@ -33,7 +33,7 @@ from .penalty import PenaltyMixin, with_penalty
 from .records import Record, new_folder, own_folder
 from .recovery import Guard, check_checkpoint, newest_checkpoint
 from .runs import read_curve
-from .soft_targets import soft_targets, weight_hashes
+from .teachers import soft_targets, weight_hashes
 from .timm_script import find_train_script, load_train_script
 from .warm_starts import without_place
 
