@@ -5,8 +5,8 @@
 
 Each --gate starts without effect (`identity_init`), so every run starts at the plain network's accuracy. The
 accuracy is that of the last epoch. A run from these weights with a results file is done; the others go on from their
-last checkpoint, so after any interruption the same command does the rest. `python -m timm_poolattn.report.readme_tables`
-makes the table of timm_poolattn/models/README.md from the files.
+last checkpoint, so after any interruption the same command does the rest. `python -m
+timm_poolattn.report.readme_tables` makes the table of timm_poolattn/models/README.md from the files.
 """
 
 import json

@@ -246,6 +246,18 @@ def test_release_again_replaces_whole(run_dir, tmp_path):
     assert not (folder / 'stale.txt').exists() and [p.name for p in out.iterdir()] == [folder.name]
 
 
+def test_other_weights_are_kept(run_dir, tmp_path):
+    run_dir, _ = run_dir
+    folder = release(run_dir, 'cifar10', out=tmp_path / 'out')
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    top1 = json.loads(before['results.json'])['test']['top1']
+    with pytest.raises(UserError, match=rf'other weights \({top1:.2f}% top-1, \d+ epochs, seed \d+\); --replace puts'):
+        release(run_dir, 'cifar10', checkpoint='best', out=tmp_path / 'out')
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == before
+    release(run_dir, 'cifar10', checkpoint='best', out=tmp_path / 'out', replace=True)
+    assert (folder / 'model.safetensors').read_bytes() != before['model.safetensors']
+
+
 def test_a_failed_release_leaves_nothing(run_dir, tmp_path):
     run_dir, _ = run_dir
     out = tmp_path / 'hub_configs'

@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 import timm_poolattn
-from timm_poolattn.layers import Focus, FocusAssociation
+from timm_poolattn.layers import GATES, Focus, FocusAssociation
 from timm_poolattn.models import FAMILIES, save_model
 from timm_poolattn.models.insertion import InsertedGate, InsertedStage
 from timm_poolattn.utils import UserError
@@ -515,6 +515,32 @@ def test_the_table_has_every_family():
 )
 def test_the_table_holds(family):
     assert insertion_table.row(family) in insertion_table.README.read_text(encoding='utf-8').splitlines()
+
+
+class Scale(nn.Module):
+    def __init__(self, channels, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
+
+    def forward(self, x):
+        return x * self.weight.sigmoid().view(1, -1, 1, 1)
+
+
+def test_a_gate_of_ones_own(monkeypatch):
+    for gate in ('scale', Scale):
+        with pytest.raises(
+            UserError, match=r"a gate of your own has a name after timm_poolattn\.layers\.GATES\['name'\]"
+        ):
+            timm_poolattn.insert(create('resnet18'), gate)
+    monkeypatch.setitem(GATES, 'scale', Scale)
+    model = create('resnet18')
+    expected = model(X)
+    timm_poolattn.insert(model, 'scale')
+    assert sum(isinstance(m, Scale) for m in model.modules()) == 8 and torch.equal(model(X), expected)
+    model = timm.create_model('resnet20', gate='scale', depth=8)
+    assert sum(isinstance(m, Scale) for m in model.modules()) == 3
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize('gate', ['saam', 'fa'])

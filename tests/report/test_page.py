@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from timm_poolattn.report.model_list import list_models
 from timm_poolattn.report.page import markdown_report, read_benchmark, summary_table, write_report
 from timm_poolattn.report.results import load_results, read_results
 from timm_poolattn.report.rows import measured_runs, recipe_name, report_rows, results_of, training_rate
-from timm_poolattn.training import recipes
+from timm_poolattn.training import read_curve, recipes, train
 from timm_poolattn.utils import UserError, released
 
 from ..cli.test_cli import fails
@@ -129,6 +130,30 @@ class TestRows:
         plain = [{**r, 'model': 'resnet20'} for r in twice]
         (entry,) = measured_runs(dict(model_name='resnet20_saam.cifar10'), [*twice, *plain])
         assert entry['runs'] == 2 and entry['gain']['error'] == pytest.approx((2 * 0.08 / 2) ** 0.5, abs=0.01)
+
+    def test_unlike_data_and_processes_are_not_seeds(self, some_runs):
+        one, two = some_runs[1:3]
+        args = dict(model_name='resnet20_saam.cifar10')
+        few = {**two, 'test': dict(two['test'], images=200)}
+        apart = {**two, 'hardware': f'4 processes, each with a batch of its own: {two["hardware"]}'}
+        assert len(measured_runs(args, [one, two])) == 1
+        assert len(measured_runs(args, [one, few])) == len(measured_runs(args, [one, apart])) == 2
+
+    def test_runs_that_are_not_released(self, train_script, cifar10_few, tmp_path):
+        """Two seeds by their folders: mean and spread in the row of the paper."""
+        folders = []
+        for seed in ('1', '2'):
+            argv = ['--model', 'resnet20_saam.cifar10', '--data-dir', str(cifar10_few), '--val-split', 'test']
+            argv += ['--epochs', '1', '-b', '8', '--seed', seed, '--output', str(tmp_path), '--experiment', seed]
+            folders.append(train(argv, recipe='saam-cifar10', timm_script=train_script))
+        top1 = [read_curve(folder)[-1]['eval_top1'] for folder in folders]
+        text = write_report(tmp_path / 'report.md', results=folders).read_text()
+        said = f'{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f}'
+        assert said in text and 'saam-cifar10, 1 epoch, 2 runs' in text
+        assert said not in write_report(tmp_path / 'without.md').read_text()
+        (tmp_path / '1' / 'summary.csv').write_text('epoch,train_loss\n0,1.0\n')
+        with pytest.raises(UserError, match=r'summary\.csv has no evaluated epoch; train with a --val-split'):
+            write_report(tmp_path / 'report.md', results=folders)
 
     def test_rate(self, some_runs):
         macs = list_models('resnet20_saam')[0]['multiply_adds']

@@ -143,7 +143,10 @@ def test_no_resume_is_offered_that_would_be_refused(train_script, cifar10_few, t
     assert (tmp_path / 'run' / 'last.pth.tar').is_file()
 
 
-NOT_SAVED = r'epoch 1 could not be saved, with ([\d.]+) GB free on its disk \(.*\)\. To go on from .* --resume (.*)'
+NOT_SAVED = (
+    r'epoch 1 could not be saved in \S+, whose disk has ([\d.]+) GB free \(.*\); free some, or name another --output\.'
+    r' To go on from .* --resume (.*)'
+)
 
 
 @pytest.fixture

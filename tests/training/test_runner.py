@@ -11,6 +11,7 @@ import pytest
 
 from timm_poolattn.training import read_curve
 from timm_poolattn.training import train as run_train
+from timm_poolattn.utils import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +78,14 @@ def test_a_resumed_run_is_recorded(train_script, image_folder, tmp_path, caplog)
     assert [row['epoch'] for row in read_curve(folder)] == [0, 1]
     record = json.loads((folder / 'run.json').read_text())
     assert record['arguments']['epochs'] == 2 and record['resumed'][0]['arguments']['epochs'] == 1
+    other_rate = ['--resume', folder / 'last.pth.tar', '--smoothing', 0, '--epochs', 3, '--lr', 0.012]
+    with pytest.raises(
+        UserError, match=r'--resume: lr .* -> 0\.012, but the checkpoint keeps that of its optimizer; give'
+    ):
+        run(*other_rate)
+    assert json.loads((folder / 'run.json').read_text()) == record and len(read_curve(folder)) == 2
+    run(*other_rate, '--no-resume-opt', '--min-lr', 0.012)
+    assert read_curve(folder)[-1]['lr'] == pytest.approx(0.012)
 
 
 def test_mistakes_end_in_one_line(train_script, tmp_path):

@@ -28,6 +28,7 @@ def hub() -> None:
 @click.option('--data-dir', type=click.Path(), help="The data to evaluate on. Default: the run's.")
 @click.option('--out', type=click.Path(path_type=Path), help='Default: hub_configs/ of the checkout.')
 @click.option('--onnx', is_flag=True, help='Add ONNX files: float32, and 8 bits where accurate.')
+@click.option('--replace', is_flag=True, help='Put the weights into the place of others.')
 def release(run_dir, **options) -> None:
     """Lay out a release folder from a run.
 

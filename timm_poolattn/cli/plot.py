@@ -47,8 +47,8 @@ def lambda_(model: str, out) -> None:
 def ablation(name: str, results, out) -> None:
     """Draw an ablation of a paper.
 
-    It is accuracy against SPEM's fixed lambda (its Figure 2) or against SAAM's paths (its Figure 3). RESULTS are
-    release folders or results files, besides those that the package has.
+    It is accuracy against SPEM's fixed lambda (its Figure 2) or against SAAM's paths (its Figure 3). RESULTS are run
+    folders, release folders or results files, besides those that the package has.
     """
     require('explain', 'matplotlib', 'captum')
     from ..report.plots import ablation

@@ -6,16 +6,18 @@ from ..utils import require
 
 
 @click.command()
+@click.argument('results', nargs=-1, type=click.Path())
 @click.option('-o', '--out', required=True, type=click.Path(dir_okay=False), help='report.html or report.md.')
 @click.option('--benchmark', type=click.Path(), help='What `poolattn bench models --json` printed.')
-def report(out, benchmark) -> None:
+def report(results, out, benchmark) -> None:
     """Write the papers' tables beside ours.
 
-    It is one page, or Markdown, by the suffix of the file.
+    It is one page, or Markdown, by the suffix of the file. RESULTS are run folders, release folders or results files,
+    besides those that the package has; runs that differ in their seed alone are one entry.
     """
     from ..report.page import write_report
 
-    click.echo(f'wrote {write_report(out, benchmark)}')
+    click.echo(f'wrote {write_report(out, benchmark, results)}')
 
 
 @click.command()

@@ -144,7 +144,10 @@ def attention_trace(model: nn.Module, x: torch.Tensor) -> dict[str, dict[str, An
     """
     gates = find_gates(model)
     if not gates:
-        raise UserError(f'{type(model).__name__} has no gates to trace; timm_poolattn.insert(model, gate) puts some in')
+        raise UserError(
+            f"{type(model).__name__} has no gates to trace, of ours or timm's; timm_poolattn.insert(model, gate) puts"
+            f' some in'
+        )
     labels = {
         name: next(_READERS[kind] for kind in type(gate).__mro__ if kind in _READERS) for name, gate in gates.items()
     }

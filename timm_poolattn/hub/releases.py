@@ -40,6 +40,7 @@ def release(
     data_dir: str | Path | None = None,
     out: Path | None = None,
     onnx: bool = False,
+    replace: bool = False,
 ) -> Path:
     """Lay out `<model>.<tag>/` from a run of `poolattn train`.
 
@@ -48,7 +49,7 @@ def release(
     its checkout and `data_sha256`, the SHA-256 of all bytes behind the header: a file cannot hold its own hash.
     results.json has the SHA-256 of the whole file, and accuracy as measured on the written folder, as is
     `without_gradient`: parameters that got none from any of the images, of which a warning is given. An existing folder
-    of the name is replaced once the new one is whole.
+    of the same weights is replaced once the new one is whole.
 
     Args:
         run_dir: output folder of the run.
@@ -59,11 +60,13 @@ def release(
         out: where the folder goes. Default: `hub_configs/` of the checkout.
         onnx: add `onnx/model.onnx`, and `onnx/model_quantized.onnx` in 8 bits where that costs at most 0.5 points of
             top-1. results.json has the figures of both.
+        replace: put these weights into the place of others.
 
     Raises:
         MissingFileError: no finished run in `run_dir`.
         UserError: no `out` and no checkout, a bad tag, an unknown checkpoint, a network that is not its name's, data
-            that are not the run's or the tag's, or a place that cannot be written to.
+            that are not the run's or the tag's, a folder that holds other weights, or a place that cannot be written
+            to.
     """
     if out is None and (hub_configs_dir().parent / '__init__.py').is_file():
         raise UserError('no checkout here, and an installed package keeps its weights: --out names a folder')
@@ -119,6 +122,8 @@ def release(
         save_model(model, temp, data.classes, config)
         source = dict(timm_poolattn=__version__, git_commit=git_commit())
         weights = seal(temp / 'model.safetensors', dict(format='pt', architecture=arch, tag=tag, **source))
+        if not replace:
+            _check_same(folder, weights['data_sha256'])
         written = create_model(f'local-dir:{temp}', pretrained=True)
         test = evaluate(written, data)
         _compare(run_dir, test, next((row for row in evaluated if row['epoch'] == saved['epoch']), None))
@@ -163,6 +168,23 @@ def _check_fit(run_dir: Path, tag: str, num_classes: int, config: dict[str, Any]
         raise UserError(f'{run_dir}: its {num_classes} classes ({classes[0]}, ...) are not those of {tag}; {own}')
     if tuple(config['input_size']) != facts['input_size']:
         raise UserError(f'{run_dir}: images of {config["input_size"]}, {tag} has {facts["input_size"]}; {own}')
+
+
+def _check_same(folder: Path, data_sha256: str) -> None:
+    """Refuse a folder that holds a release of other weights."""
+    file = folder / 'results.json'
+    if not file.is_file():
+        return
+    try:
+        there = json.loads(file.read_text(encoding='utf-8'))
+        if there['weights']['data_sha256'] == data_sha256:
+            return
+        said = f' ({there["test"]["top1"]:.2f}% top-1, {there["epochs"]} epochs, seed {there["seed"]})'
+    except (ValueError, KeyError, TypeError):  # of another version, or cut
+        said = ''
+    raise UserError(
+        f'{folder}: holds other weights{said}; --replace puts these in their place, --out names another folder'
+    )
 
 
 def _compare(run_dir: Path, test: dict[str, float], row: dict[str, float] | None) -> None:

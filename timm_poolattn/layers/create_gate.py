@@ -38,6 +38,9 @@ GATES = {
     'saam4': partial(SAAM, paths=4),
 }
 
+#: What to do with a gate that is none of them, for messages.
+OWN_GATE = "a gate of your own has a name after timm_poolattn.layers.GATES['name'] = its class"
+
 
 def create_gate(name: str, channels: int, *, identity_init: bool = False, **kwargs) -> nn.Module:
     """Build the gate `name` for `channels` channels, by timm's create_attn.
@@ -51,5 +54,5 @@ def create_gate(name: str, channels: int, *, identity_init: bool = False, **kwar
     Raises:
         UserError: a name that `GATES` does not hold, or what the gate's constructor refuses.
     """
-    gate = create_attn(GATES[look_up('gate', name, GATES)], channels, **kwargs)
+    gate = create_attn(GATES[look_up('gate', name, GATES, OWN_GATE)], channels, **kwargs)
     return IdentityInit(gate) if identity_init else gate

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from ..layers import GATES, FocusAssociation, create_gate
+from ..layers.create_gate import OWN_GATE
 from ..utils import UserError, look_up
 from ._stage import Stage, StagedNet, Stages
 
@@ -125,7 +126,7 @@ def insert(model: nn.Module, gate: str, *, identity_init: bool = True, **gate_kw
         UserError: an unknown gate, what the gate's constructor refuses, a model that has inserted gates already or is
             scripted, traced, distributed or offloaded, or one whose blocks cannot carry the gate.
     """
-    look_up('gate', gate, (*GATES, 'fa'))
+    look_up('gate', gate, (*GATES, 'fa'), OWN_GATE)
     if has_inserted_gates(model):
         raise UserError('the model has inserted gates already; timm_poolattn.remove(model) takes them out')
     _check_open(model)

@@ -16,27 +16,29 @@ import torch
 
 from ..utils import MissingFileError, UserError, released, write_text
 from ..version import __version__
-from .results import load_results
+from .results import with_results
 from .rows import report_rows, training_rate
 
 
-def write_report(path: str | Path, benchmark: str | Path | None = None) -> Path:
+def write_report(path: str | Path, benchmark: str | Path | None = None, results: Sequence[str | Path] = ()) -> Path:
     """Write the report.
 
     Args:
         path: a .html file for the page, or .md for Markdown tables.
         benchmark: a file with what `poolattn bench models --json` printed.
+        results: release folders, run folders or results files, besides those that the package has.
 
     Raises:
-        MissingFileError: no such `benchmark`.
-        UserError: another suffix, a `benchmark` that is not JSON of that command, or a `path` that cannot be written.
+        MissingFileError: no such `benchmark` or results.
+        UserError: another suffix, a `benchmark` that is not JSON of that command, a `path` that cannot be written, or
+            as `read_results`.
     """
     path = Path(path)
     if path.suffix not in ('.html', '.md'):
         raise UserError(f'{path}: a report is .html or .md')
-    results = load_results()
-    rows = report_rows(results, read_benchmark(benchmark) if benchmark else None)
-    _, hardware = training_rate(results)
+    known = with_results(results)
+    rows = report_rows(known, read_benchmark(benchmark) if benchmark else None)
+    _, hardware = training_rate(known)
     write_text(path, markdown_report(rows) if path.suffix == '.md' else _page(rows, path.parent, hardware))
     return path
 

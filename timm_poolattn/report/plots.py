@@ -20,7 +20,7 @@ from ..layers import SPEM
 from ..papers import DATASETS, model_args, table_rows
 from ..training import read_curve
 from ..utils import MissingFileError, UserError, look_up
-from .results import load_results, read_results
+from .results import read_results, with_results
 from .rows import start_of, training_of
 
 #: Okabe and Ito's colours, which people of any colour vision tell apart.
@@ -227,7 +227,7 @@ def ablation(name: str, out: str | Path, results: Sequence[str | Path] = ()) -> 
     Args:
         name: 'lambda' or 'paths'.
         out: a PNG, SVG or PDF file.
-        results: release folders or results files, besides those that the package has.
+        results: release folders, run folders or results files, besides those that the package has.
 
     Raises:
         MissingFileError: no results there.
@@ -235,12 +235,11 @@ def ablation(name: str, out: str | Path, results: Sequence[str | Path] = ()) -> 
     """
     look_up('ablation', name, ABLATIONS)
     check_suffix(out)
-    known, given = load_results(), [read_results(path) for path in results]
-    ours = ablation_points(name, [*known, *(r for r in given if r not in known)])
+    ours = ablation_points(name, with_results(results))
     if not any(ours.values()):
         raise UserError(
             f'accuracy against {name} needs runs that differ in it alone, and there are no two; make them with'
-            f' {ABLATIONS[name][3]}, lay each out with `poolattn hub release RUN --tag DATA --out DIR`, and name these'
+            f' {ABLATIONS[name][3]}, and name their folders'
         )
     return save(ablation_figure(name, ours), out)
 

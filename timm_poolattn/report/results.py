@@ -1,10 +1,11 @@
 """What our runs measured: results.json of the release folders, and of the runs that have none."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..utils import MissingFileError, UserError, released
+from ..utils import MissingFileError, UserError, look_up, released
 
 #: results.json of the runs that no release folder holds, one file each.
 RESULTS_DIR = Path(__file__).parent / 'results'
@@ -16,14 +17,16 @@ _KEYS = {'model', 'tag', 'test', 'arguments', 'options', 'epochs', 'seed', 'curv
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """Read results.json, given as such or by its release folder.
+    """Read results.json, given as such or by its release folder, or the same of a run's folder: see `run_results`.
 
     Raises:
         MissingFileError: no such file.
-        UserError: a file of another kind.
+        UserError: a file of another kind, or a run that has evaluated nothing.
     """
     path = Path(path)
     file = path / 'results.json' if path.is_dir() else path
+    if not file.is_file() and (path / 'run.json').is_file():
+        return run_results(path)
     try:
         results = json.loads(file.read_text(encoding='utf-8'))
         if not results.keys() >= _KEYS or 'top1' not in results['test']:
@@ -35,6 +38,48 @@ def read_results(path: str | Path) -> dict[str, Any]:
     except (ValueError, AttributeError, TypeError):
         raise UserError(f'{file}: not a results.json of `poolattn hub release`') from None
     return results
+
+
+def run_results(folder: Path) -> dict[str, Any]:
+    """Return what results.json would have of a run, its accuracy as the run itself measured it in its last epoch.
+
+    Raises:
+        UserError: a run that has evaluated nothing, or of another model than ours.
+    """
+    import timm
+
+    from ..models import FAMILIES, multiply_adds  # torch and timm take seconds, and results files need neither
+    from ..training import read_run
+
+    run = read_run(folder)
+    evaluated = [row for row in run.curve if 'eval_top1' in row]
+    if not evaluated:
+        raise UserError(f'{folder}: summary.csv has no evaluated epoch; train with a --val-split')
+    model = run.untrained_model()
+    arch = model.pretrained_cfg['architecture']
+    look_up('model', arch, timm.list_models(module=FAMILIES), f'{folder}: the report is of our models')
+    facts = {k: v for k, v in run.record.items() if k != 'classes'}
+    return dict(
+        facts,
+        model=arch,
+        tag=model.pretrained_cfg['tag'],
+        gate=model.gate,
+        parameters=sum(p.numel() for p in model.parameters()),
+        multiply_adds=multiply_adds(model),
+        epochs=int(run.curve[-1]['epoch']) + 1,
+        test={key.removeprefix('eval_'): value for key, value in evaluated[-1].items() if key.startswith('eval_')},
+        curve=run.curve,
+    )
+
+
+def with_results(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """Return `load_results` and what `read_results` reads of `paths`, each once.
+
+    Raises:
+        As `read_results`.
+    """
+    known, given = load_results(), [read_results(path) for path in paths]
+    return [*known, *(r for r in given if r not in known)]
 
 
 def released_results() -> dict[str, dict[str, Any]]:

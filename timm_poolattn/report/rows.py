@@ -56,7 +56,9 @@ def training_of(result: dict[str, Any]) -> str:
     how = [result.get('recipe'), bool(start_of(result)), arguments, result['options'], which]
     as_now = {k: result[k] for k in ('arguments', 'options')}
     changed = [part for part in result.get('resumed', []) if {k: part.get(k) for k in as_now} != as_now]
-    return json.dumps([*how, result.get('teacher_weights'), changed], sort_keys=True)
+    processes = result.get('hardware', '').rpartition(' processes,')[0]  # each has a batch of its own
+    how += [result.get('teacher_weights'), changed, processes, result['test'].get('images')]
+    return json.dumps(how, sort_keys=True)
 
 
 def _top1(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

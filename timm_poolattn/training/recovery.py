@@ -201,8 +201,8 @@ class Guard:
             leftover.unlink()
         free = shutil.disk_usage(self._folder()).free / 1e9
         return RunStopped(
-            f'epoch {self.epoch} could not be saved, with {free:.3f} GB free on its disk'
-            f' ({str(e).splitlines()[0]}).{self._resume_from()}'
+            f'epoch {self.epoch} could not be saved in {self._folder()}, whose disk has {free:.3f} GB free'
+            f' ({str(e).splitlines()[0]}); free some, or name another --output.{self._resume_from()}'
         )
 
     def save_interrupted(self) -> str:

@@ -221,7 +221,10 @@ def _check_data(args: argparse.Namespace) -> list[str]:
         return []
     classes = list_classes(root, args.train_split)
     if args.val_split:
-        _check_known(list_classes(root, args.val_split), classes, root)
+        tested = list_classes(root, args.val_split)
+        _check_known(tested, classes, root)
+        if untested := [name for name in classes if name not in tested]:
+            _logger.warning(f'{root}: {args.val_split} has no images of {", ".join(untested[:5])}: none are tested')
     return classes
 
 

@@ -21,7 +21,7 @@ def look_up(kind: str, name: str, known: Iterable[str], hint: str = '') -> str:
     known = list(known)
     if name in known:
         return name
-    near = difflib.get_close_matches(name, known, n=3)
+    near = difflib.get_close_matches(str(name), known, n=3)
     if len(known) <= 12:
         rest = f'choose from {", ".join(known)}' if known else 'there is none'
     else:
