@@ -4,14 +4,14 @@ from typing import Any
 
 import timm
 
-from ..layers import GATES
+from ..layers import FA_GATES, GATES
 
 
 def plain_name(name: str) -> str | None:
     """Return the registered backbone of a gated model without its gate, or None for a model without one."""
     arch, _, tag = name.partition('.')
     plain, _, gate = arch.rpartition('_')
-    if gate not in (*GATES, 'fa', 'fase'):
+    if gate not in (*GATES, *FA_GATES):
         return None
     if timm.is_model(f'cifar_{plain}'):  # where timm owns the plain name
         plain = f'cifar_{plain}'

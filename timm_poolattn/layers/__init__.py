@@ -1,5 +1,5 @@
 from .cbam import CBAM
-from .create_gate import GATES, create_gate
+from .create_gate import FA_GATES, GATES, create_gate
 from .eca import ECA
 from .focus_association import Association, Focus, FocusAssociation, fa_weight, fa_weight_unskipped
 from .identity_init import FadeIn, IdentityInit
@@ -12,6 +12,7 @@ from .srm import SRM
 __all__ = [
     'CBAM',
     'ECA',
+    'FA_GATES',
     'GATES',
     'REWEIGHT_FORMS',
     'SAAM',

@@ -24,7 +24,7 @@ def _reduced(layer: type[nn.Module], channels: int, *, rd_ratio: float, rd_chann
     return layer(channels, rd_ratio=rd_ratio, rd_channels=rd_channels, **kwargs)
 
 
-#: Channel gates by the name that model names carry. FA gates whole blocks: see focus_association.py.
+#: Channel gates by the name that model names carry.
 GATES = {
     'se': partial(_reduced, SEModule, rd_ratio=1 / 16, rd_divisor=1),
     'se2': partial(_reduced, ChannelAttn, rd_ratio=1 / 4),  # one g on average and max pooling, summed
@@ -38,6 +38,8 @@ GATES = {
     'saam4': partial(SAAM, paths=4),
 }
 
+#: Gates of FA over whole blocks by name, and the channel gate that is in the blocks.
+FA_GATES = {'fa': None, 'fase': 'se'}
 #: What to do with a gate that is none of them, for messages.
 OWN_GATE = "a gate of your own has a name after timm_poolattn.layers.GATES['name'] = its class"
 

@@ -110,11 +110,10 @@ def _explain(error: BaseException, repo_id: str, endpoint: str) -> str:
     return ''
 
 
-def data_sha256(path: str | Path) -> str:
+def data_sha256(file: str | Path | bytes) -> str:
     """Hash what follows the header in a safetensors file by SHA-256: the tensors. Its metadata can hold the hash."""
-    with open(path, 'rb') as f:
-        f.seek(8 + int.from_bytes(f.read(8), 'little'))
-        return hashlib.sha256(f.read()).hexdigest()
+    data = file if isinstance(file, bytes) else Path(file).read_bytes()
+    return hashlib.sha256(data[8 + int.from_bytes(data[:8], 'little') :]).hexdigest()
 
 
 def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> None:

@@ -9,7 +9,7 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices  # private: nothing public reads `indices`
 from torch import nn
 
-from ..layers import FocusAssociation, create_gate, fa_weight, fa_weight_unskipped
+from ..layers import FA_GATES, FocusAssociation, create_gate, fa_weight, fa_weight_unskipped
 from ..utils import UserError, look_up
 
 
@@ -29,10 +29,10 @@ def split_gate(
     """
     if gate is not None:
         look_up('gate', gate, carried, f'or None, for {model}')
-    channel_gate = {'fa': None, 'fase': 'se'}.get(gate, gate)
+    channel_gate = FA_GATES.get(gate, gate)
     if gate_kwargs and channel_gate is None:
         raise UserError(f'{model}: gate_kwargs={gate_kwargs} are of a channel gate, and gate={gate!r} is none')
-    return channel_gate, gate in ('fa', 'fase')
+    return channel_gate, gate in FA_GATES
 
 
 def small_gates(
@@ -42,7 +42,7 @@ def small_gates(
 
     Each makes None where `gate` does not ask for it; block 0 is the benchmark of Eq. 2 and has no FA.
     """
-    channel_gate, has_fa = split_gate(model, gate, gate_kwargs, ('se', 'fa', 'fase'))
+    channel_gate, has_fa = split_gate(model, gate, gate_kwargs, ('se', *FA_GATES))
     se_kwargs = {'rd_ratio': rd_ratio, **(gate_kwargs or {}), **dd}
     return (
         lambda width: create_gate('se', width, **se_kwargs) if channel_gate else None,

@@ -26,7 +26,7 @@ from timm.models.inception_v4 import (
 from torch import fx, nn
 from torch.nn import functional as F
 
-from ..layers import FocusAssociation
+from ..layers import FA_GATES, FocusAssociation
 from ._registry import read_default_cfgs, register_models
 from ._stage import Stage, StagedNet, Stages, small_gates
 
@@ -167,7 +167,7 @@ def create_cifar_inception_v4(variant: str, pretrained: bool = False, **kwargs) 
 
 _MODEL_ARGS = {
     f'inception_v4_{gate}' if gate else 'cifar_inception_v4': dict(gate=gate)  # timm owns the name inception_v4
-    for gate in (None, 'se', 'fa', 'fase')
+    for gate in (None, 'se', *FA_GATES)
 }
 
 default_cfgs = read_default_cfgs(_MODEL_ARGS, pool_size=lambda _: 3, first_conv='stem.0.conv', classifier='head.fc')

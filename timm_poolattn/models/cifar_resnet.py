@@ -24,7 +24,7 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..layers import GATES, FocusAssociation
+from ..layers import FA_GATES, GATES, FocusAssociation
 from ..utils import UserError, look_up
 from ._registry import read_default_cfgs, register_models
 from ._stage import Stage, StagedNet, Stages, split_gate
@@ -236,7 +236,7 @@ class CifarResNet(StagedNet):
         dtype=None,
     ) -> None:
         look_up('block', block, BLOCKS)
-        channel_gate, has_fa = split_gate('CifarResNet', gate, gate_kwargs, (*GATES, 'fa', 'fase'))
+        channel_gate, has_fa = split_gate('CifarResNet', gate, gate_kwargs, (*GATES, *FA_GATES))
         flavour = flavour or {'bottleneck': 'spem', 'resnext': 'resnext'}.get(block, 'fa' if has_fa else 'saam')
         block_cls, backbone = BLOCKS[block], FLAVOURS[look_up('flavour', flavour, FLAVOURS)]
         per_n = 3 * block_cls.depth
@@ -358,7 +358,7 @@ _DEPTHS |= {83: 'bottleneck', 164: 'bottleneck', 245: 'bottleneck', 326: 'bottle
 _MODEL_ARGS = {
     f'resnet{depth}_{gate}' if gate else f'resnet{depth}': dict(depth=depth, block=block, gate=gate)
     for depth, block in _DEPTHS.items()
-    for gate in (None, *GATES, 'fa', 'fase')
+    for gate in (None, *GATES, *FA_GATES)
 }
 
 default_cfgs = read_default_cfgs(_MODEL_ARGS, pool_size=lambda _: 8, first_conv='conv1', classifier='head.fc')

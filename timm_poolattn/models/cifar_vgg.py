@@ -12,7 +12,7 @@ from timm.layers import LayerType, get_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, checkpoint
 from torch import nn
 
-from ..layers import FocusAssociation, fa_weight, fa_weight_unskipped
+from ..layers import FA_GATES, FocusAssociation, fa_weight, fa_weight_unskipped
 from ._registry import read_default_cfgs, register_models
 from ._stage import StagedNet, Stages, append_k, small_gates
 
@@ -162,7 +162,7 @@ def create_cifar_vgg(variant: str, pretrained: bool = False, **kwargs) -> CifarV
 
 _MODEL_ARGS = {
     f'vgg19_{gate}' if gate else 'cifar_vgg19': dict(gate=gate)  # timm owns the name vgg19
-    for gate in (None, 'se', 'fa', 'fase')
+    for gate in (None, 'se', *FA_GATES)
 }
 
 default_cfgs = read_default_cfgs(

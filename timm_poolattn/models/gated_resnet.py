@@ -16,7 +16,7 @@ from timm.models._features import feature_take_indices  # private: nothing publi
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
-from ..layers import GATES, FocusAssociation, create_gate
+from ..layers import FA_GATES, GATES, FocusAssociation, create_gate
 from ..utils import UserError, look_up
 from ._registry import register_models
 from ._stage import Stage, no_ks, set_skip_threshold, split_gate
@@ -89,7 +89,7 @@ class FaResNet(GatedResNet):
     """
 
     block = FaBottleneck
-    gates = ('fa', 'fase')
+    gates = tuple(FA_GATES)
 
     def __init__(self, layers: tuple[int, ...], gate: str = 'fa', identity_init: bool = False, **kwargs) -> None:
         look_up('gate', str(gate), self.gates, 'for FaResNet')
@@ -169,7 +169,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
 
 def create_gated_resnet(variant: str, pretrained: bool = False, **kwargs) -> GatedResNet:
     """Build a registered variant."""
-    has_fa = kwargs['gate'] in ('fa', 'fase')
+    has_fa = kwargs['gate'] in FA_GATES
     return build_model_with_cfg(
         FaResNet if has_fa else GatedResNet,
         variant,

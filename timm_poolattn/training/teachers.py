@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..data import ImageData, evaluation_config
 from ..inference import evaluation_loader, label_names, load_pretrained, view_of
+from ..models import data_sha256
 from ..utils import UserError, cache_dir, progress, replacing
 
 _logger = logging.getLogger(__name__)
@@ -52,8 +53,8 @@ def weight_hashes(teachers: Sequence[str]) -> list[str]:
     hashes = []
     for name in teachers:
         weights = load_pretrained(name).state_dict()
-        file = save({key: w.clone(memory_format=torch.contiguous_format) for key, w in weights.items()})  # none shared
-        hashes.append(hashlib.sha256(file[8 + int.from_bytes(file[:8], 'little') :]).hexdigest())
+        unshared = {key: w.clone(memory_format=torch.contiguous_format) for key, w in weights.items()}
+        hashes.append(data_sha256(save(unshared)))
     return hashes
 
 
