@@ -72,6 +72,18 @@ def test_wheel_carries_what_pretrained_needs(wheel):
     assert wheel.stat().st_size < 25e6
 
 
+def test_links_of_its_page_lead_to_the_repository(wheel):
+    with zipfile.ZipFile(wheel) as z:
+        (metadata,) = (name for name in z.namelist() if name.endswith('.dist-info/METADATA'))
+        page = z.read(metadata).decode()
+    ours = re.findall(r'\]\((\S+)\)', (ROOT / 'README.md').read_text(encoding='utf-8'))
+    theirs = re.findall(r'\]\((\S+)\)', page)
+    assert len(ours) == len(theirs) > 8 and 'Description-Content-Type: text/markdown' in page
+    for link, absolute in zip(ours, theirs, strict=True):
+        assert absolute.startswith('https://') and absolute.endswith(link)
+        assert link == absolute or ('raw.githubusercontent' if link.endswith('.png') else '/blob/main/') in absolute
+
+
 def test_wheel_and_checkout_behave_the_same(wheel, tmp_path):
     site = tmp_path / 'site'
     install = [
