@@ -116,6 +116,15 @@ def test_an_older_alpha_loads(name, alpha):
     assert (gate.fade_in if name == 'fa' else gate).alpha.tolist() == [0.25]
 
 
+def test_saams_convolution_gets_the_layout_that_is_fast():
+    gate, strides = SAAM(16), []
+    gate.conv.register_forward_pre_hook(lambda module, args: strides.append(args[0].stride()))
+    x = torch.randn(2, 16, 6, 5)
+    gate(x)
+    torch.export.export(gate, (x,))
+    assert strides == [(30, 1, 5, 1), (30, 30, 5, 1)]
+
+
 @pytest.mark.parametrize('name', GATES)
 def test_script_and_fx(name):
     gate = create_gate(name, 16).eval()

@@ -88,10 +88,11 @@ def _as_channels_last(u: torch.Tensor) -> torch.Tensor:
     """Give u (B, 1, H, W) the strides of channels last: with one channel both layouts are the same in memory.
 
     Where they say contiguous, oneDNN takes 16 times as long for the gradient of the convolution's input (11.6 and
-    0.7 ms, float32, 64 maps of 32 x 32, one thread). Compiled or exported, u stays as it is: inductor gains nothing by
-    it and fails on it where sides are dynamic.
+    0.7 ms, float32, 64 maps of 32 x 32, one thread). Compiled, u stays as it is: inductor gains nothing by it and fails
+    on it where sides are dynamic. So it does in a graph that leaves the process, and where it is no plain tensor: an
+    fx.Proxy, a DTensor.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  nested, so that TorchScript leaves it out
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if type(u) is torch.Tensor and u.is_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             return u.squeeze(1).unsqueeze(3).permute(0, 3, 1, 2)
     return u
