@@ -18,7 +18,7 @@ from timm.optim import list_optimizers
 
 from ..data.view import INTERPOLATIONS
 from ..models import check_model_name
-from ..utils import MissingFileError, UserError, look_up, look_up_device
+from ..utils import MissingFileError, UserError, carried, look_up, look_up_device
 from .runs import MODEL_ARGS
 
 #: train.py's of its random crop and colours, whose defaults are in no run of ours: given, they are what is meant.
@@ -58,10 +58,7 @@ _OPTIONS = dict(
 
 def recipes() -> dict[str, Path]:
     """Return the recipes by name: files for train.py's --config, from an installed package or a source checkout."""
-    package = Path(__file__).parent.parent
-    packaged = package / 'recipes'
-    folder = packaged if packaged.is_dir() else package.parent / 'train_scripts' / 'recipes'
-    return {path.stem: path for path in sorted(folder.glob('*.yaml'))}
+    return {path.stem: path for path in sorted(carried('train_scripts/recipes').glob('*.yaml'))}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from .extras import require
 from .files import REFUSED, remove_leftovers, replacing, sync, write_text
 from .names import look_up
 from .progress import progress
-from .releases import HUB_ORG, hub_configs_dir, released
+from .releases import HUB_ORG, carried, hub_configs_dir, released
 
 __all__ = [
     'HUB_ORG',
@@ -13,6 +13,7 @@ __all__ = [
     'MissingFileError',
     'UserError',
     'cache_dir',
+    'carried',
     'hub_configs_dir',
     'look_up',
     'look_up_device',

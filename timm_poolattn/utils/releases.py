@@ -1,4 +1,4 @@
-"""Where the release folders are, and what names the Hub organisation of their repositories."""
+"""Where the release folders are, and the Hub organisation of their repositories."""
 
 from pathlib import Path
 
@@ -6,11 +6,16 @@ from pathlib import Path
 HUB_ORG = 'TIMM_POOLATTN_HUB_ORG'
 
 
-def hub_configs_dir() -> Path:
-    """Return the release folders: inside an installed package, or beside the package in a source checkout."""
+def carried(name: str) -> Path:
+    """Return a folder that a wheel carries inside the package under its last name, and a checkout has beside it."""
     package = Path(__file__).parent.parent
-    packaged = package / 'hub_configs'
-    return packaged if packaged.is_dir() else package.parent / 'hub_configs'
+    packaged = package / Path(name).name
+    return packaged if packaged.is_dir() else package.parent / name
+
+
+def hub_configs_dir() -> Path:
+    """Return the release folders."""
+    return carried('hub_configs')
 
 
 def released() -> dict[str, Path]:
