@@ -98,8 +98,8 @@ class Run:
             train += ['--val-split', 'test', '--device', device]
             output = ['--output', str(self.folder.parent), '--experiment', self.folder.name]
             yield [*poolattn, 'train', '--recipe', self.recipe, *train, *data, *output, *begin, *self.args]
-        release = ['hub', 'release', str(self.folder), '--tag', self.data, *data, '--out', str(self.folder / 'release')]
-        yield [*poolattn, *release]
+        out = ['--out', str(self.folder / 'release'), '--replace']  # which `keep_better` moves
+        yield [*poolattn, 'hub', 'release', str(self.folder), '--tag', self.data, *data, *out]
 
 
 def read_manifest(path: Path, runs: Path) -> list[Run]:

@@ -23,8 +23,7 @@ from timm_poolattn.data import load_images
 from timm_poolattn.hub import model_card, release, verify
 from timm_poolattn.hub.card import GATE_NOTES
 from timm_poolattn.inference import evaluate
-from timm_poolattn.models import FAMILIES, multiply_adds
-from timm_poolattn.papers import paper_top1
+from timm_poolattn.models import FAMILIES, multiply_adds, paper_top1
 from timm_poolattn.report.model_list import list_models
 from timm_poolattn.training.timm_script import load_train_script
 from timm_poolattn.utils import UserError, released, replacing

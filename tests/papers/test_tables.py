@@ -2,7 +2,8 @@ import pytest
 import timm
 import torch
 
-from timm_poolattn.papers import architecture, model_args, paper_top1, row_top1, table_rows
+from timm_poolattn.models import architecture, paper_top1
+from timm_poolattn.papers import model_args, row_top1, table_rows
 from timm_poolattn.report.counts import look_up_count
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from timm_poolattn.papers import architecture, model_args, table_rows
+from timm_poolattn.hub import release
+from timm_poolattn.models import architecture
+from timm_poolattn.papers import model_args, table_rows
 from timm_poolattn.report import page as report
+from timm_poolattn.report import results
 from timm_poolattn.report.model_list import list_models
 from timm_poolattn.report.page import markdown_report, read_benchmark, summary_table, write_report
-from timm_poolattn.report.results import load_results, read_results
+from timm_poolattn.report.results import load_results, read_results, with_results
 from timm_poolattn.report.rows import measured_runs, recipe_name, report_rows, results_of, training_rate
 from timm_poolattn.training import read_curve, recipes, train
 from timm_poolattn.utils import UserError, released
@@ -33,7 +36,7 @@ def some_runs():
 def page(tmp_path_factory, some_runs):
     """The page with all rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, 'load_results', lambda: some_runs)
+        patch.setattr(results, 'load_results', lambda: some_runs)
         folder = tmp_path_factory.mktemp('report')
         benchmark = folder / 'benchmark.json'
         measured = dict(model='resnet20_saam', dtype='float32', inference_images_per_s=1234.5)
@@ -151,9 +154,29 @@ class TestRows:
         said = f'{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f}'
         assert said in text and 'saam-cifar10, 1 epoch, 2 runs' in text
         assert said not in write_report(tmp_path / 'without.md').read_text()
+        assert write_report(tmp_path / 'twice.md', results=[*folders, *folders]).read_text() == text
+        facts = json.loads((tmp_path / '1' / 'run.json').read_text())
+        assert facts['test_images'] == len(list((cifar10_few / 'test').rglob('*.png')))
+        released = release(folders[0], 'cifar10', out=tmp_path / 'released')
+        runs = with_results([released, *folders])
+        assert ['weights' in r for r in runs[-2:]] == [True, False] and len(runs) == len(load_results()) + 2
+        (entry,) = measured_runs(dict(model_name='resnet20_saam.cifar10'), runs[-2:])
+        assert entry['runs'] == 2
         (tmp_path / '1' / 'summary.csv').write_text('epoch,train_loss\n0,1.0\n')
-        with pytest.raises(UserError, match=r'summary\.csv has no evaluated epoch; train with a --val-split'):
+        with pytest.raises(
+            UserError, match='1 of 1 epochs, the last not evaluated; go on with --resume auto, or train'
+        ):
             write_report(tmp_path / 'report.md', results=folders)
+        (tmp_path / '1' / 'summary.csv').unlink()
+        with pytest.raises(UserError, match='0 of 1 epochs'):
+            write_report(tmp_path / 'report.md', results=folders)
+
+    def test_other_classes_are_another_network(self, some_runs):
+        run = some_runs[1]
+        photos = {**run, 'arguments': {**run['arguments'], 'num_classes': 2}}
+        args = dict(model_name='resnet20_saam.cifar10')
+        assert results_of(args, [run, photos]) == [run]
+        assert results_of({**args, 'num_classes': 2}, [run, photos]) == [photos]
 
     def test_rate(self, some_runs):
         macs = list_models('resnet20_saam')[0]['multiply_adds']

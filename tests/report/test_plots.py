@@ -195,7 +195,7 @@ class TestAblation:
 
     @pytest.mark.parametrize('name', ['lambda', 'paths'])
     def test_too_few_runs(self, name, tmp_path, monkeypatch):
-        monkeypatch.setattr('timm_poolattn.report.plots.load_results', lambda: [])
+        monkeypatch.setattr('timm_poolattn.report.results.load_results', lambda: [])
         message = fails('plot', 'ablation', name, '-o', tmp_path / 'x.png')
         assert 'make them with poolattn train --recipe' in message
         assert 'no such file' in fails('plot', 'ablation', name, tmp_path / 'nowhere', '-o', tmp_path / 'x.png')

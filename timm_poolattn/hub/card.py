@@ -8,8 +8,8 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 
-from ..models import hub_org
-from ..papers import DATASETS, paper_top1
+from ..models import hub_org, paper_top1
+from ..papers import DATASETS
 from ..training import teachers_of
 from ..utils import HUB_ORG, hub_configs_dir
 

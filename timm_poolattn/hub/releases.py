@@ -170,17 +170,15 @@ def _check_fit(run_dir: Path, tag: str, num_classes: int, config: dict[str, Any]
         raise UserError(f'{run_dir}: images of {config["input_size"]}, {tag} has {facts["input_size"]}; {own}')
 
 
-def _check_same(folder: Path, data_sha256: str) -> None:
-    """Refuse a folder that holds a release of other weights."""
-    file = folder / 'results.json'
-    if not file.is_file():
+def _check_same(folder: Path, sha256: str) -> None:
+    """Refuse a folder that holds other weights than those whose `data_sha256` this is."""
+    weights = folder / 'model.safetensors'
+    if not weights.is_file() or data_sha256(weights) == sha256:
         return
     try:
-        there = json.loads(file.read_text(encoding='utf-8'))
-        if there['weights']['data_sha256'] == data_sha256:
-            return
+        there = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
         said = f' ({there["test"]["top1"]:.2f}% top-1, {there["epochs"]} epochs, seed {there["seed"]})'
-    except (ValueError, KeyError, TypeError):  # of another version, or cut
+    except (OSError, ValueError, KeyError, TypeError):  # of another version, cut, or not there
         said = ''
     raise UserError(
         f'{folder}: holds other weights{said}; --replace puts these in their place, --out names another folder'

@@ -68,18 +68,15 @@ class SAAM(nn.Module):
 
     def score_map(self, x: torch.Tensor) -> torch.Tensor:
         """Return V of Eq. 7, shape (B, K, H, W): for each sample and path non-negative, with sum 1 over H, W."""
-        return self._scores(x).unflatten(2, x.shape[2:])
-
-    def _scores(self, x: torch.Tensor) -> torch.Tensor:
-        """Return V, shape (B, K, H*W)."""
         u = self.conv(_as_channels_last(x.mean(1, keepdim=True)))  # Eq. 5, 6
         # float16's range: a score that overflows would turn the softmax into NaN. Wider dtypes lose little: scores that
         # far apart give a softmax of 0 and 1. (OpenVINO converts no torch.nan_to_num, FX traces no torch.finfo.)
-        return u.clamp(-65504.0, 65504.0).flatten(2).softmax(dim=-1)  # Eq. 7
+        u = u.clamp(-65504.0, 65504.0)
+        return u.flatten(2).softmax(dim=-1).reshape(u.shape)  # Eq. 7; pnnx has no view_as
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        v = self._scores(x).to(x.dtype)
-        s = v @ x.flatten(2).transpose(1, 2)  # Eq. 4: (B, K, C); torch's older ONNX exporter has no mT
+        v = self.score_map(x).to(x.dtype)
+        s = v.flatten(2) @ x.flatten(2).transpose(1, 2)  # Eq. 4: (B, K, C); torch's older ONNX exporter has no mT
         g = self.fc2(F.relu(self.fc1(s)).sum(1))  # Eq. 9; fc2 is linear, so the sum over paths may come before it
         return x * F.sigmoid(g).to(x.dtype)[:, :, None, None]  # Eq. 8, 10
 
@@ -89,8 +86,8 @@ def _as_channels_last(u: torch.Tensor) -> torch.Tensor:
 
     Where they say contiguous, oneDNN takes 16 times as long for the gradient of the convolution's input (11.6 and
     0.7 ms, float32, 64 maps of 32 x 32, one thread). Compiled, u stays as it is: inductor gains nothing by it and fails
-    on it where sides are dynamic. So it does in a graph that leaves the process, and where it is no plain tensor: an
-    fx.Proxy, a DTensor.
+    on it where sides are dynamic. So it does scripted, in a graph that leaves the process, and where it is no plain
+    tensor: an fx.Proxy, a DTensor.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  nested, so that TorchScript leaves it out
         if type(u) is torch.Tensor and u.is_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):

@@ -42,7 +42,7 @@ class SRM(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_channels(x, self.cfc.shape[0], 'SRM')
         mean = x.mean((2, 3), keepdim=True)
-        var = (x - mean).square().mean((2, 3), keepdim=True)  # few converters know torch.var_mean
+        var = x.var((2, 3), unbiased=False, keepdim=True)  # few converters know torch.var_mean
         of_mean, of_std = self.cfc[:, :, None, None].unbind(1)
         z = mean * of_mean + (var + self.eps).sqrt() * of_std
         return x * F.sigmoid(self.bn(z)).to(x.dtype)

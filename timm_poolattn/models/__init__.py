@@ -9,6 +9,7 @@ from .counting import multiply_adds
 from .gated_resnet import FaResNet, GatedResNet
 from .hub_format import save_model
 from .insertion import insert, remove
+from .paper_rows import architecture, paper_top1
 
 __all__ = [
     'FAMILIES',
@@ -18,6 +19,7 @@ __all__ = [
     'FaResNet',
     'GatedResNet',
     'HubError',
+    'architecture',
     'check_model_name',
     'data_sha256',
     'hub_errors',
@@ -25,6 +27,7 @@ __all__ = [
     'insert',
     'multiply_adds',
     'no_weights',
+    'paper_top1',
     'redact',
     'release_args',
     'remove',

@@ -1,4 +1,4 @@
 from .datasets import DATASETS
-from .tables import architecture, model_args, paper_top1, row_top1, table_rows
+from .tables import model_args, row_top1, table_rows
 
-__all__ = ['DATASETS', 'architecture', 'model_args', 'paper_top1', 'row_top1', 'table_rows']
+__all__ = ['DATASETS', 'model_args', 'row_top1', 'table_rows']

@@ -1,7 +1,5 @@
 """The papers' result tables as data: every row as printed, and the model that it describes."""
 
-import json
-from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -51,30 +49,3 @@ def model_args(row: dict[str, Any]) -> dict[str, Any]:
 def row_top1(row: dict[str, Any]) -> float | None:
     """Return the top-1 accuracy in % that a row of `table_rows()` prints, as such or as an error, or None."""
     return row['top1'] if 'top1' in row else round(100 - row['top1_err'], 4) if 'top1_err' in row else None
-
-
-def architecture(args: dict[str, Any]) -> str:
-    """Return what tells apart the networks that timm.create_model(**args) builds, whatever their names.
-
-    Defaults that one place spells out and another does not are the same.
-    """
-    return _architecture(json.dumps(args, sort_keys=True))
-
-
-@cache
-def _architecture(args: str) -> str:
-    import timm  # which takes seconds, and the rows need none of it
-
-    return repr(timm.create_model(**json.loads(args), device='meta'))
-
-
-def paper_top1(arch: str, dataset: str) -> float | None:
-    """Return the top-1 accuracy in % that the papers print for the network of this name, if any."""
-    args = dict(model_name=f'{arch}.{dataset}')
-    for row in table_rows():
-        of_row = model_args(row)
-        if of_row['model_name'] != args['model_name'] or 'variant' in row or row_top1(row) is None:
-            continue
-        if architecture(of_row) == architecture(args):
-            return row_top1(row)
-    return None

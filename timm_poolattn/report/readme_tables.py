@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..papers import paper_top1
+from ..models import paper_top1
 from ..utils import UserError, write_text
 from .page import summary_table
 from .results import RESULTS_DIR, load_insertions, load_results, released_results

@@ -14,6 +14,8 @@ INSERTIONS_DIR = RESULTS_DIR / 'insertions'
 
 #: What every run says.
 _KEYS = {'model', 'tag', 'test', 'arguments', 'options', 'epochs', 'seed', 'curve'}
+#: What run.json must say.
+_OF_A_RUN = {'arguments', 'options', 'seed', 'hardware', 'wall_time_s', 'test_images'}
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
@@ -41,10 +43,11 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 
 def run_results(folder: Path) -> dict[str, Any]:
-    """Return what results.json would have of a run, its accuracy as the run itself measured it in its last epoch.
+    """Return what results.json would have of a run that has ended, its accuracy as the run itself measured it.
 
     Raises:
-        UserError: a run that has evaluated nothing, or of another model than ours.
+        UserError: a run that has not ended, did not evaluate its last epoch, of another model than ours, or of an older
+            version, which did not record all of this.
     """
     import timm
 
@@ -52,9 +55,15 @@ def run_results(folder: Path) -> dict[str, Any]:
     from ..training import read_run
 
     run = read_run(folder)
-    evaluated = [row for row in run.curve if 'eval_top1' in row]
-    if not evaluated:
-        raise UserError(f'{folder}: summary.csv has no evaluated epoch; train with a --val-split')
+    last = run.curve[-1] if run.curve else {}
+    epochs, wanted = int(last.get('epoch', -1)) + 1, run.args.get('epochs') or 0
+    if epochs < wanted or 'eval_top1' not in last:
+        raise UserError(
+            f'{folder}: {epochs} of {wanted} epochs, the last {"" if "eval_top1" in last else "not "}evaluated; go on'
+            f' with --resume auto, or train with a --val-split'
+        )
+    if missing := _OF_A_RUN - run.record.keys():
+        raise UserError(f'{folder}: run.json has no {min(missing)}; `poolattn hub release` and name its folder')
     model = run.untrained_model()
     arch = model.pretrained_cfg['architecture']
     look_up('model', arch, timm.list_models(module=FAMILIES), f'{folder}: the report is of our models')
@@ -66,20 +75,31 @@ def run_results(folder: Path) -> dict[str, Any]:
         gate=model.gate,
         parameters=sum(p.numel() for p in model.parameters()),
         multiply_adds=multiply_adds(model),
-        epochs=int(run.curve[-1]['epoch']) + 1,
-        test={key.removeprefix('eval_'): value for key, value in evaluated[-1].items() if key.startswith('eval_')},
+        epochs=epochs,
+        checkpoint=dict(which='last'),
+        test=dict(top1=last['eval_top1'], images=run.record['test_images']),
         curve=run.curve,
     )
 
 
 def with_results(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Return `load_results` and what `read_results` reads of `paths`, each once.
+    """Return `load_results` and what `read_results` reads of `paths`, each once: of a run and its release, the release.
 
     Raises:
         As `read_results`.
     """
-    known, given = load_results(), [read_results(path) for path in paths]
-    return [*known, *(r for r in given if r not in known)]
+    found: dict[str, dict[str, Any]] = {}
+    for result in [*load_results(), *map(read_results, paths)]:
+        if 'weights' in result or _identity(result) not in found:  # a release measured again what its run did
+            found[_identity(result)] = result
+    return list(found.values())
+
+
+def _identity(result: dict[str, Any]) -> str:
+    """Return what is the same of a run and of its release."""
+    facts = [result[k] for k in ('model', 'seed', 'arguments', 'options')]
+    curve = [(row.get('epoch'), row.get('train_loss'), row.get('eval_top1')) for row in result['curve']]
+    return json.dumps([*facts, curve], sort_keys=True)
 
 
 def released_results() -> dict[str, dict[str, Any]]:

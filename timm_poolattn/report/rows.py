@@ -11,19 +11,24 @@ from typing import Any
 import yaml
 
 from ..bench.backbones import plain_args
-from ..papers import DATASETS, architecture, model_args, row_top1, table_rows
+from ..models import architecture
+from ..papers import DATASETS, model_args, row_top1, table_rows
 from ..training import recipes, teachers_of
 from .counts import look_up_count
 from .results import released_results
 
 _PAPERS = dict(spem='SPEM', saam='SAAM', fa='FA')
+#: train.py's names of what makes another network, by create_model's.
+_OPTIONS = dict(num_classes='num_classes', in_chans='in_chans', global_pool='gp')
 #: ImageNet-5 is the FA paper's, Sec. IV-D, and no model's tag.
 _DATASETS = dict(DATASETS, imagenet5=dict(title='ImageNet-5', train_images=5 * 1040))
 
 
 def _run_args(result: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments of timm.create_model for the model of a run."""
-    return dict(model_name=f'{result["model"]}.{result["tag"]}', **result['arguments'].get('model_kwargs', {}))
+    """Return arguments of timm.create_model for the model of a run, those that make it another network."""
+    given = result['arguments']
+    options = {ours: given[theirs] for ours, theirs in _OPTIONS.items() if theirs in given}
+    return dict(model_name=f'{result["model"]}.{result["tag"]}', **options, **given.get('model_kwargs', {}))
 
 
 def results_of(args: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -57,7 +62,7 @@ def training_of(result: dict[str, Any]) -> str:
     as_now = {k: result[k] for k in ('arguments', 'options')}
     changed = [part for part in result.get('resumed', []) if {k: part.get(k) for k in as_now} != as_now]
     processes = result.get('hardware', '').rpartition(' processes,')[0]  # each has a batch of its own
-    how += [result.get('teacher_weights'), changed, processes, result['test'].get('images')]
+    how += [result.get('teacher_weights'), changed, processes, result['test'].get('images'), result['epochs']]
     return json.dumps(how, sort_keys=True)
 
 

@@ -29,10 +29,6 @@ except ModuleNotFoundError:  # Windows, where nothing keeps two runs from one fo
 
 _logger = logging.getLogger(__name__)
 
-#: Arguments whose values a checkpoint's optimizer keeps, whatever a resumed run's command says.
-_OPTIMIZERS = {'opt', 'opt_eps', 'opt_betas', 'opt_kwargs', 'momentum', 'weight_decay', 'layer_decay'}
-_OPTIMIZERS |= {'lr', 'lr_base', 'lr_base_size', 'lr_base_scale'}
-
 
 def new_folder(output: Path, name: str) -> Path:
     """Make a folder of the time and `name` in `output`, which no other run gets."""
@@ -117,11 +113,7 @@ class Record:
     Args:
         folder: of the run.
         resume: the checkpoint that it goes on from, or ''.
-        **facts: what else to say.
-
-    Raises:
-        UserError: what a resumed run's optimizer has is given anew.
-    """
+        **facts: what else to say."""
 
     def __init__(self, folder: Path, resume: str, device: str, **facts: Any) -> None:
         self.path = folder / 'run.json'
@@ -149,15 +141,8 @@ class Record:
             part = {k: before.get(k, {}) for k in ('arguments', 'options')}
             part['after_epochs'] = read_checkpoint(resume)['epoch'] + 1
             self.facts['resumed'] = [*before.get('resumed', []), part]
-            changes = _changes(before, json.loads(json.dumps(facts)))
-            kept = sorted(changes.keys() & _OPTIMIZERS) if 'arguments' in before else []
-            if kept and not facts['arguments'].get('no_resume_opt'):
-                raise UserError(
-                    f'--resume: {changes[kept[0]]}, but the checkpoint keeps that of its optimizer; give it as before,'
-                    f' or add --no-resume-opt'
-                )
-            if changes:
-                _logger.warning(f'--resume: not as before: {", ".join(changes.values())}')
+            if changes := _changes(before, json.loads(json.dumps(facts))):
+                _logger.warning(f'--resume: not as before: {", ".join(changes)}')
             self.facts = {**{k: before[k] for k in ('warm_start', 'classes') if k in before}, **self.facts}
             self.seconds_before = before.get('wall_time_s', 0)
         if not before:
@@ -174,15 +159,15 @@ class Record:
         write_text(self.path, json.dumps(facts, indent=2) + '\n')
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Return what differs among the arguments and options of two records, by name: 'epochs 1 -> 2'."""
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return what differs among the arguments and options of two records."""
     parts = [[record.get(key) for key in ('arguments', 'options')] for record in (before, now)]
     old, new = ({k: v for part in of if isinstance(part, dict) for k, v in part.items()} for of in parts)
-    return {
-        k: f'{k} {old.get(k, "not given")} -> {new.get(k, "not given")}'
+    return [
+        f'{k} {old.get(k, "not given")} -> {new.get(k, "not given")}'
         for k in sorted({*old, *new})
         if old.get(k) != new.get(k)
-    }
+    ]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -29,17 +29,18 @@ class RunStopped(UserError, RuntimeError):
     """A run that cannot go on; the message says where it stopped, why, and what to do."""
 
 
-def check_checkpoint(path: str | Path, model: nn.Module | None = None) -> None:
+def check_checkpoint(path: str | Path, model: nn.Module | None = None, lr: float | None = None) -> None:
     """Refuse a checkpoint that a run cannot go on from.
 
     Args:
         path: given by --resume.
         model: what it must be of.
+        lr: what its optimizer, which keeps its own, must have begun with.
 
     Raises:
         MissingFileError: it is missing.
         UserError: it was cut short or changed (the message offers the newest whole one beside it), is none of
-            train.py's, or of another model.
+            train.py's, of another model, or has another learning rate.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,6 +49,14 @@ def check_checkpoint(path: str | Path, model: nn.Module | None = None) -> None:
         offer = newest_checkpoint(path.parent)
         offer = f'the newest whole one is {offer}' if offer else 'no other in its folder is whole'
         raise UserError(f'--resume: {path} is damaged: it was cut short or changed; {offer}')
+    if lr is not None:
+        groups = read_checkpoint(path).get('optimizer', {}).get('param_groups', [])
+        begun = sorted({group['initial_lr'] for group in groups if 'initial_lr' in group}, reverse=True)
+        if begun and not any(math.isclose(lr, rate, rel_tol=1e-6) for rate in begun):
+            raise UserError(
+                f'--resume: --lr is {lr:g}, and the optimizer in {path} keeps {begun[0]:g}; give that, or add'
+                f' --no-resume-opt'
+            )
     if model is not None:
         saved = {name: w.shape for name, w in model_weights(read_checkpoint(path)).items()}
         own = {name: w.shape for name, w in model.state_dict().items()}

@@ -113,7 +113,7 @@ def train(
                 '--sched plateau: no checkpoint holds where it is, so a resumed run would have other learning rates;'
                 ' train from the start, or with another --sched'
             )
-        check_checkpoint(args.resume)
+        check_checkpoint(args.resume, lr=None if args.no_resume_opt else args.lr)
     resident = resident and _can_be_resident(args, parsed.given)
     if crop_padding is not None and not resident:
         raise UserError("--crop-padding is the resident loader's; leave it out, or what wants timm's own loader")
@@ -143,6 +143,7 @@ def train(
         guard = Guard(args.seed, rank, args.resume, resumable, on_save=record.write if record else lambda: None)
         seen: list[str] = []  # the classes
         note = partial(_note_classes, args, args.num_classes, record, seen)
+        count = record.facts.update if record else lambda **_: None
         module._parse_args = lambda: (args, parsed.text)
         module.create_model = partial(_create_model, args, module.create_model, note, classes)
         tasks = []
@@ -152,10 +153,10 @@ def train(
         module.create_optimizer_v2 = partial(_create_optimizer, tasks, module.create_optimizer_v2)
         module.train_one_epoch = guard.around(_with_epoch_metrics(module.train_one_epoch))
         if resident:
-            module.create_dataset = partial(create_resident_dataset, args, note, teachers)
+            module.create_dataset = partial(create_resident_dataset, args, note, count, teachers)
             module.create_loader = partial(create_resident_loader, crop_padding=crop_padding)
         else:
-            module.create_dataset = partial(_create_dataset, args, module.create_dataset, note)
+            module.create_dataset = partial(_create_dataset, args, module.create_dataset, note, count)
         try:
             with guard.watching():
                 module.main()
@@ -347,6 +348,7 @@ def _create_dataset(
     args: argparse.Namespace,
     create_dataset: Callable[..., Any],
     note: Callable[[list[str], int], None],
+    count: Callable[..., None],
     name: str,
     root: str | None = None,
     split: str = 'validation',
@@ -396,6 +398,8 @@ def _create_dataset(
             each = f' for each of {processes} processes' if processes > 1 else ''
             remedy = f'give at most {n}' if n else 'add images'
             raise UserError(f'--batch-size {args.batch_size}: {n} images to train on{each} are not one batch; {remedy}')
+    if not is_training and hasattr(dataset, '__len__'):
+        count(test_images=len(dataset))
     if index and is_training:
         note(sorted(index, key=index.get), args.num_classes)
     return dataset
@@ -439,6 +443,7 @@ def _view(args: argparse.Namespace, training: bool) -> View:
 def create_resident_dataset(
     args: argparse.Namespace,
     note: Callable[[list[str], int], None],
+    count: Callable[..., None],
     teachers: Sequence[str],
     name: str,
     root: str | None = None,
@@ -456,6 +461,8 @@ def create_resident_dataset(
         note(data.classes, args.num_classes)
         if teachers:
             data = replace(data, targets=soft_targets(teachers, data, args.num_classes, args.device))
+    else:
+        count(test_images=len(data))
     return ResidentDataset(data, seed)
 
 
