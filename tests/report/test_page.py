@@ -10,7 +10,6 @@ import pytest
 from timm_poolattn.hub import release
 from timm_poolattn.models import architecture
 from timm_poolattn.papers import model_args, table_rows
-from timm_poolattn.report import page as report
 from timm_poolattn.report import results
 from timm_poolattn.report.model_list import list_models
 from timm_poolattn.report.page import markdown_report, read_benchmark, summary_table, write_report
