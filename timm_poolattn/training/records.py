@@ -113,7 +113,8 @@ class Record:
     Args:
         folder: of the run.
         resume: the checkpoint that it goes on from, or ''.
-        **facts: what else to say."""
+        **facts: what else to say.
+    """
 
     def __init__(self, folder: Path, resume: str, device: str, **facts: Any) -> None:
         self.path = folder / 'run.json'
