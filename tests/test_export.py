@@ -88,9 +88,10 @@ class Gated(nn.Module):
 
 
 READABLE = {'_convolution', 'add', 'amax', 'amin', 'batch_norm', 'cat', 'clamp', 'div', 'flatten', 'linear', 'matmul'}
-READABLE |= {'mean', 'mul', 'ne', 'ones_like', 'relu', 'relu_', 'reshape', 'rsub', 'select', 'sigmoid', 'size', 'slice'}
+READABLE |= {'mean', 'mul', 'ne', 'ones_like', 'relu', 'relu_', 'rsub', 'select', 'sigmoid', 'size', 'slice'}
 READABLE |= {'softmax', 'sqrt', 'square', 'sub', 'sum', 'to', 'transpose', 'unbind', 'unsqueeze', 'where'}
 BUT_IN_NCNN = {'sge': {'std', 'unflatten'}, 'srm': {'var'}}
+BUT_IN_NCNN |= {name: {'unflatten'} for name in ('saam', 'saam2', 'saam4')}
 
 
 @pytest.mark.parametrize('name', [*GATES, 'fa'])

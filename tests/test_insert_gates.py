@@ -72,7 +72,7 @@ def test_trains_records_and_goes_on(script, cifar10_few, train_script, tmp_path,
     ('given', 'said'),
     [
         (dict(gate='saan'), "unknown gate 'saan'; choose from se,"),
-        (dict(model='resnet21.cifar10'), "unknown trained model 'resnet21.cifar10'; choose from resnet"),
+        (dict(model='resnet21.cifar10'), "unknown trained model 'resnet21.cifar10'; nearest: resnet20.cifar10"),
         (dict(model='resnet18.a1_in1k'), "unknown trained model 'resnet18.a1_in1k'; "),
         (dict(model='resnet20_fa.cifar10'), 'resnet20_fa.cifar10 has a gate already; give a plain network'),
         (dict(output='there'), '--output=there: set here for each run'),

@@ -112,7 +112,7 @@ def test_what_gets_no_gradient_is_said(run_dir, tmp_path, caplog):
     dead = {**trained, f'{gate}.fc1.weight': trained[f'{gate}.fc1.weight'] * 0}  # g is 0, and the gate 1/2
     for state, names in ((trained, []), (dead, [f'{gate}.{key}.weight' for key in ('conv', 'fc1', 'fc2')])):
         torch.save({**checkpoint, 'state_dict': state}, run_dir / 'last.pth.tar')
-        folder = release(run_dir, 'cifar10', out=tmp_path)
+        folder = release(run_dir, 'cifar10', out=tmp_path, replace=True)
         assert json.loads((folder / 'results.json').read_text())['without_gradient'] == names
         said = '\nNone of these images gives a gradient to\n' + ',\n'.join(f'`{name}`' for name in names) + '.\n'
         assert (said in (folder / 'README.md').read_text()) == bool(names)

@@ -71,7 +71,7 @@ def test_command_line(other):
     result = CliRunner().invoke(main, ['hub', 'verify', str(other), '--json'])
     assert result.exit_code == 1 and json.loads(result.output)[-1]['ok'] is False
     result = CliRunner().invoke(main, ['hub', 'verify', 'resnet20_sam'])
-    assert result.exit_code == 2 and "unknown release 'resnet20_sam'; choose from " in result.output
+    assert result.exit_code == 2 and "unknown release 'resnet20_sam'; nearest: resnet20_saam" in result.output
 
 
 def test_accuracy(other, image_folder):

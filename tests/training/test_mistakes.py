@@ -235,10 +235,10 @@ def test_less_than_a_batch_for_each_process(image_folder, monkeypatch):
     args = Namespace(batch_size=9, train_split='train', model='resnet20', crop_pct=None)
     match = '--batch-size 9: 8 images to train on for each of 2 processes are not one batch; give at most 8'
     with pytest.raises(UserError, match=match):
-        _create_dataset(args, None, None, '', image_folder, 'train', is_training=True)
+        _create_dataset(args, None, None, None, '', image_folder, 'train', is_training=True)
     args.batch_size, args.aug_repeats = 1, 3  # of which timm takes multiples of 256 images
     with pytest.raises(UserError, match='--batch-size 1: 0 images to train on for each of 2 processes'):
-        _create_dataset(args, None, None, '', image_folder, 'train', is_training=True)
+        _create_dataset(args, None, None, None, '', image_folder, 'train', is_training=True)
     with pytest.raises(UserError, match='finetune: is one process'):
         finetune(image_folder, [])
 

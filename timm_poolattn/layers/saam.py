@@ -72,7 +72,7 @@ class SAAM(nn.Module):
         # float16's range: a score that overflows would turn the softmax into NaN. Wider dtypes lose little: scores that
         # far apart give a softmax of 0 and 1. (OpenVINO converts no torch.nan_to_num, FX traces no torch.finfo.)
         u = u.clamp(-65504.0, 65504.0)
-        return u.flatten(2).softmax(dim=-1).reshape(u.shape)  # Eq. 7; pnnx has no view_as
+        return u.flatten(2).softmax(dim=-1).unflatten(2, x.shape[2:])  # Eq. 7
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         v = self.score_map(x).to(x.dtype)
@@ -86,10 +86,10 @@ def _as_channels_last(u: torch.Tensor) -> torch.Tensor:
 
     Where they say contiguous, oneDNN takes 16 times as long for the gradient of the convolution's input (11.6 and
     0.7 ms, float32, 64 maps of 32 x 32, one thread). Compiled, u stays as it is: inductor gains nothing by it and fails
-    on it where sides are dynamic. So it does scripted, in a graph that leaves the process, and where it is no plain
-    tensor: an fx.Proxy, a DTensor.
+    on it where sides are dynamic. So it does in a graph that leaves the process, and where it is no plain tensor: an
+    fx.Proxy, a DTensor.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  nested, so that TorchScript leaves it out
-        if type(u) is torch.Tensor and u.is_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            return u.squeeze(1).unsqueeze(3).permute(0, 3, 1, 2)
-    return u
+        if type(u) is not torch.Tensor or not u.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return u
+    return u.squeeze(1).unsqueeze(3).permute(0, 3, 1, 2)
