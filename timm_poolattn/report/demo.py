@@ -23,6 +23,7 @@ from timm_poolattn.data import open_image, to_channels
 from timm_poolattn.explain.attention import block_label
 from timm_poolattn.explain.figures import MAPS, Account, accounts, fa_blocks, lambdas, overlay, peak_over_mean
 from timm_poolattn.inference import load_pretrained
+from timm_poolattn.papers import table_rows
 from timm_poolattn.report.model_list import list_models
 from timm_poolattn.utils import UserError
 
@@ -197,7 +198,8 @@ def serve(names: Sequence[str] = ()) -> None:
         raise UserError(f'GRADIO_SERVER_PORT={port}: a port is a number from 1 to {2**16 - 1}')
     packaged = packaged_models()
     models = {name: load_pretrained(name) for name in names or [model['name'] for model in packaged]}
-    first = {model['gate']: model['name'] for model in reversed(packaged) if model['gate']}
+    papers = {row['paper'] for row in table_rows()}  # whose gates have their names
+    first = {model['gate']: model['name'] for model in reversed(packaged) if model['gate'] in papers}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the uploads go
     with tempfile.TemporaryDirectory(prefix='poolattn-demo-', ignore_cleanup_errors=True) as uploads:
         os.environ['GRADIO_TEMP_DIR'] = uploads
