@@ -72,6 +72,7 @@ class SAAM(nn.Module):
         # float16's range: a score that overflows would turn the softmax into NaN. Wider dtypes lose little: scores that
         # far apart give a softmax of 0 and 1. (OpenVINO converts no torch.nan_to_num, FX traces no torch.finfo.)
         u = u.clamp(-65504.0, 65504.0)
+        # not reshape, which FX quantises to 8 bits with the softmax, nor view_as, which few converters know
         return u.flatten(2).softmax(dim=-1).unflatten(2, x.shape[2:])  # Eq. 7
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
