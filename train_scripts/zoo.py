@@ -93,11 +93,11 @@ class Run:
                 yield [*poolattn, 'warm-start', self.warm_start, name, '-o', str(start)]
             begin += ['--initial-checkpoint', str(start)]  # which --resume overrides, and the run's record names
         data = ['--data-dir', str(data_root / self.data)]
-        if not ((self.folder / 'run.json').is_file() and self.epochs_done >= self.epochs):
-            train = ['--model', name, '--epochs', str(self.epochs), '--seed', str(self.seed)]
-            train += ['--val-split', 'test', '--device', device]
-            output = ['--output', str(self.folder.parent), '--experiment', self.folder.name]
-            yield [*poolattn, 'train', '--recipe', self.recipe, *train, *data, *output, *begin, *self.args]
+        train = ['--model', name, '--epochs', str(self.epochs), '--seed', str(self.seed)]
+        train += ['--val-split', 'test', '--device', device]
+        output = ['--output', str(self.folder.parent), '--experiment', self.folder.name]
+        # also where its curve is complete: only train.py knows if the checkpoint is, and of --cooldown-epochs
+        yield [*poolattn, 'train', '--recipe', self.recipe, *train, *data, *output, *begin, *self.args]
         out = ['--out', str(self.folder / 'release'), '--replace']  # which `keep_better` moves
         yield [*poolattn, 'hub', 'release', str(self.folder), '--tag', self.data, *data, *out]
 
@@ -315,7 +315,7 @@ def _train(todo: list[Run], data_root: Path, jobs: int | None, plan: bool, deadl
         click.echo(f'left out: {sum(run.data == data for run in todo)} runs on {data}, which {data_root} does not hold')
     todo = [run for run in todo if (data_root / run.data).is_dir()]
     if not todo:
-        click.echo('nothing to train')
+        click.echo('nothing to train: no other is without a results file of its model, data, recipe, epochs and seed')
         return
     seconds, jobs = make_plan(todo, data_root, device, jobs)
     for run, s in zip(todo, seconds, strict=True):

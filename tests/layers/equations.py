@@ -144,10 +144,11 @@ def sge(x, groups, weight, bias, eps):
     return out
 
 
-def cbam(x, w1, w2, conv):
+def cbam(x, w1, w2, conv, norm=lambda scores: scores):
+    """norm: (B, 1, H, W) -> the same, the batch norm that timm's CbamModule has behind the convolution."""
     half = conv.shape[-1] // 2
     b, c, h, w = x.shape
-    out = torch.empty_like(x)
+    refined, scores = [], []
     for i in range(b):
         avg, largest = x[i].sum((1, 2)) / (h * w), torch.stack([m.max() for m in x[i]])
         y = x[i] * sigmoid(sum(w2 @ torch.clamp(w1 @ s, min=0) for s in (avg, largest)))[:, None, None]
@@ -155,8 +156,7 @@ def cbam(x, w1, w2, conv):
         padded = torch.zeros(2, h + 2 * half, w + 2 * half, dtype=x.dtype)
         padded[:, half : half + h, half : half + w] = pooled
         k = conv.shape[-1]
-        gate = torch.stack(
-            [torch.stack([(conv[0] * padded[:, p : p + k, q : q + k]).sum() for q in range(w)]) for p in range(h)]
-        )
-        out[i] = y * sigmoid(gate)
-    return out
+        rows = [torch.stack([(conv[0] * padded[:, p : p + k, q : q + k]).sum() for q in range(w)]) for p in range(h)]
+        refined.append(y)
+        scores.append(torch.stack(rows)[None])
+    return torch.stack(refined) * sigmoid(norm(torch.stack(scores)))

@@ -1,10 +1,14 @@
-"""Every gate against its equations written out, forward and gradient."""
+"""The gates whose equations are in this package against these written out, forward and gradient.
+
+Those of timm are compared in `tests/models/test_training_step.py`, in a network's stage.
+"""
 
 import pytest
 import torch
 
 from timm_poolattn.layers import (
     CBAM,
+    ECA,
     REWEIGHT_FORMS,
     SAAM,
     SGE,
@@ -136,6 +140,12 @@ def test_srm(shape):
     m = randomise(SRM(8, dtype=torch.double))
     norm = lambda z: equations.batch_norm(z, m.bn.weight, m.bn.bias, m.bn.eps)  # noqa: E731
     assert_same(m, lambda x: equations.srm(x, m.cfc, m.eps, norm), torch.randn(shape))
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_eca(shape):
+    m = randomise(ECA(8, dtype=torch.double))
+    assert_same(m, lambda x: equations.eca(x, m.conv.weight.flatten()), torch.randn(shape))
 
 
 @pytest.mark.parametrize('shape', [(2, 8, 5, 4), (3, 8, 1, 6)])

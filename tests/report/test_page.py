@@ -161,6 +161,9 @@ class TestRows:
         assert ['weights' in r for r in runs[-2:]] == [True, False] and len(runs) == len(load_results()) + 2
         (entry,) = measured_runs(dict(model_name='resnet20_saam.cifar10'), runs[-2:])
         assert entry['runs'] == 2
+        (tmp_path / '2' / 'run.json').write_text(json.dumps({**facts, 'classes': [*'abcdefghij']}))
+        with pytest.raises(UserError, match=r'its 10 classes \(a, ...\) are not those of cifar10: no row has it'):
+            write_report(tmp_path / 'report.md', results=folders)
         (tmp_path / '1' / 'summary.csv').write_text('epoch,train_loss\n0,1.0\n')
         with pytest.raises(
             UserError, match='1 of 1 epochs, the last not evaluated; go on with --resume auto, or train'

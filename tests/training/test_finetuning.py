@@ -16,7 +16,7 @@ from PIL import Image
 from timm_poolattn.cli import main
 from timm_poolattn.data import View, list_classes, load_images
 from timm_poolattn.inference import evaluate, load_pretrained
-from timm_poolattn.training import finetune, read_run
+from timm_poolattn.training import finetune, read_run, train
 from timm_poolattn.training.finetuning import draw_confusion
 from timm_poolattn.utils import UserError
 
@@ -157,7 +157,7 @@ def test_the_saved_model_is_the_runs(train_script, photos, tmp_path, options):
         model, options = f'local-dir:{result.model_dir}', []
 
 
-def test_class_map(train_script, photos, tmp_path):
+def test_class_map(train_script, photos, tmp_path, caplog):
     """Its order is that of the model, of the table and of the confusion matrix."""
     names = ['fox', 'dog', 'cat', 'emu', 'bear']
     (tmp_path / 'map.txt').write_text('\n'.join(names))
@@ -179,6 +179,16 @@ def test_class_map(train_script, photos, tmp_path):
     model = load_pretrained(f'local-dir:{result.model_dir}')
     data = load_images(photos, 'test', view=View((3, 32, 32)), classes=names)
     assert evaluate(model, data)['top1'] == pytest.approx(result.top1)
+    for text, said in (('\n'.join([*names[1:], 'fxo']), None), ('fox\n\ndog\ncat', 'line 2 is empty')):
+        (tmp_path / 'map.txt').write_text(text)
+        options = ['--model', 'resnet20', '--num-classes', '5', '--data-dir', str(photos), '--val-split', 'test', *argv]
+        if said:
+            with pytest.raises(UserError, match=said):
+                train(options, timm_script=train_script)
+        else:
+            train([*options, '--experiment', 'misspelt'], timm_script=train_script)
+            assert 'fox: it does not name, so that their images are left out' in caplog.text
+            assert 'fxo: it names, and no images are of them' in caplog.text
     (tmp_path / 'map.txt').write_text('\n'.join(names[1:]))
     with pytest.raises(UserError, match='may order the classes, not leave out or add some'):
         finetune(photos, argv, timm_script=train_script)

@@ -108,6 +108,7 @@ def test_truncated_checkpoint(train_script, cifar10_few, tmp_path):
     whole = last.read_bytes()
     resume = lambda path: run_train(train_script, cifar10_few, tmp_path, '--resume', path)  # noqa: E731
     last.unlink()  # of its own, for timm links it to checkpoint-1
+    os.utime(run / 'checkpoint-0.pth.tar')  # a copy of the folder may have any times
     for damaged in (whole[: len(whole) // 2], b'', whole[:300_000] + b'?' + whole[300_001:]):
         last.write_bytes(damaged)
         with pytest.raises(ValueError, match=r'last.pth.tar is damaged: .* newest whole one is .*checkpoint-1.pth.tar'):
@@ -179,7 +180,7 @@ def test_a_checkpoint_is_on_the_disk(train_script, cifar10_few, tmp_path, monkey
 
 def test_a_checkpoint_that_cannot_be_written(train_script, cifar10_few, tmp_path):
     """A limit on the size of files, in a process of its own: one line, the checkpoint before it is kept."""
-    options = ['-b', 16, '--warmup-epochs', 0]
+    options = ['-b', 16, '--warmup-epochs', 0, '--opt', 'momentum']
     first = run_train(train_script, cifar10_few, tmp_path, *options)
     last = first / 'last.pth.tar'
     before = last.read_bytes()
@@ -237,6 +238,16 @@ class TestInterrupt:
         recovered = tmp_path / 'other' / 'run' / Path(found[2]).name
         run_train(train_script, cifar10_few, tmp_path / 'other', *self.OPTIONS, '--resume', recovered)
         assert [row['epoch'] for row in read_curve(tmp_path / 'other' / 'run')] == [0, 2]
+
+    def test_before_the_first_whole_epoch(self, train_script, cifar10_few, tmp_path, one_thread):
+        process = start(train_script, cifar10_few, tmp_path, *self.OPTIONS)
+        _, log = signal_after(process, epoch=0, update=3, number=signal.SIGINT)
+        said = (
+            r'.* to go on with epoch 1. That is: the same command with --output (\S+) --experiment run --resume (\S+)'
+        )
+        output, recovery = re.fullmatch(said, log.splitlines()[-1]).groups()
+        run_train(train_script, cifar10_few, Path(output), *self.OPTIONS, '--resume', recovery)
+        assert [row['epoch'] for row in read_curve(tmp_path / 'run')] == [1, 2]
 
     @pytest.mark.slow
     def test_in_the_first_epoch(self, train_script, cifar10_few, tmp_path):

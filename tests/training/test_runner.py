@@ -81,9 +81,22 @@ def test_a_resumed_run_is_recorded(train_script, image_folder, tmp_path, caplog)
     other_rate = ['--resume', folder / 'last.pth.tar', '--smoothing', 0, '--epochs', 3, '--lr', 0.012]
     with pytest.raises(UserError, match=r'--lr is 0\.012, and the optimizer in \S+ keeps [\d.]+; give that, or add'):
         run(*other_rate)
+    for option, value, said in (('--weight-decay', 0.3, '--weight-decay is 0.3'), ('--opt', 'adamw', '--opt is adamw')):
+        with pytest.raises(UserError, match=f'{said}, and .*; give that, or'):
+            run('--resume', folder / 'last.pth.tar', '--smoothing', 0, '--epochs', 3, option, value)
     assert json.loads((folder / 'run.json').read_text()) == record and len(read_curve(folder)) == 2
     run(*other_rate, '--no-resume-opt', '--min-lr', 0.012)
     assert read_curve(folder)[-1]['lr'] == pytest.approx(0.012)
+
+
+def test_images_that_memory_does_not_hold(train_script, image_folder, tmp_path, monkeypatch):
+    def load_images(*args, **kwargs):
+        raise MemoryError('Unable to allocate 22.0 GiB')
+
+    monkeypatch.setattr('timm_poolattn.training.runner.load_images', load_images)
+    args = ['--model', 'resnet20', '--data-dir', image_folder, *COMMON, '--output', tmp_path]
+    with pytest.raises(UserError, match=r'cpu has not the memory for all images; --no-resident reads them one by one'):
+        run_train([*map(str, args)], timm_script=train_script)
 
 
 def test_mistakes_end_in_one_line(train_script, tmp_path):

@@ -1,4 +1,4 @@
-"""ECA: efficient channel attention, timm's layer, whose forward has one line of its own.
+"""ECA: efficient channel attention, timm's layer with a forward of its own.
 
 Paper: `ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/1910.03151
 """

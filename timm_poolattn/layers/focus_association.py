@@ -69,7 +69,7 @@ class Association(nn.Module):
         self.fc2 = nn.Linear(expand_ratio * index, 1, **dd)  # W4, b4
 
     def forward(self, s: torch.Tensor) -> torch.Tensor:
-        return F.sigmoid(self.fc2(F.relu(self.fc1(s))))
+        return F.sigmoid(self.fc2(F.relu(self.fc1(s))))  # Eq. 8
 
 
 class FocusAssociation(nn.Module):
@@ -118,9 +118,9 @@ class FocusAssociation(nn.Module):
 
     def forward(self, x: torch.Tensor, ks: list[torch.Tensor]) -> torch.Tensor:
         assert len(ks) == self.index - 1, 'FA: block i takes the i - 1 earlier k; wrappers hand on their list itself'
-        k = self.focus(x)
+        k = self.focus(x)  # k'_i, and k_1 by Eq. 4
         if self.association is not None:
-            k = self.association(torch.cat(ks + [k], dim=1))
+            k = self.association(torch.cat(ks + [k], dim=1))  # Eq. 2
         return k if self.fade_in is None else self.fade_in(k)
 
 
@@ -139,7 +139,7 @@ def fa_weight(x: torch.Tensor, u: torch.Tensor, k: torch.Tensor) -> torch.Tensor
     a pass where nothing is compiled, and few converters know it.
     """
     k = k.to(x.dtype)[:, :, None, None]
-    return x * (1 - k) + u * k
+    return x * (1 - k) + u * k  # Eq. 9
 
 
 def fa_weight_unskipped(

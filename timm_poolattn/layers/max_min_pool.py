@@ -1,17 +1,17 @@
-"""Global max and min pooling, Eq. 1 of the SPEM paper: one form where gradients are recorded, one for all else.
+"""Global max and min pooling, Eq. 1 of the SPEM paper: one form for eager training, one for all else.
 
 Autograd's formula for amax compares the whole map with its maximum and counts the ties, in several passes. For it
 the positions of the extremes are found first, by an operator that has no gradient, and the values are gathered there:
-the gradient goes to those positions alone, by torch's own formulas in every mode of autodiff. Compiled, where channels
-do not come last, the passes of amax's formula fuse and the operator is the slower one, so amax and amin stay.
+the gradient goes to those positions alone, by torch's own formulas in every mode of autodiff. Compiled, the passes of
+amax's formula fuse, and amax and amin stay.
 
-What it gains, as the CPU time of a training step over that of the plain network, gathered and with amax and amin, in
-turns in one run of one thread: 1.15 and 1.41 compiled, channels last; 1.24 and 1.68 eager, channels last; 1.28 and 1.44
-eager, contiguous (resnet83 at depth 29, batch 32, float32, an AMD EPYC with AVX2). Compiled and contiguous it would be
-1.47 and 1.36, and 1.41 and 1.27 in bfloat16 (at depth 11, an AMD EPYC with AVX-512 and its bfloat16 instructions). An
-Intel Xeon with AMX gains nothing compiled, channels last: 1.28 and 1.30, in bfloat16 1.39 and 1.37 (at depth 29). Of
-resnet20 on an AMD EPYC with AVX-512, bfloat16, channels last, `poolattn bench models` says 1.28 and 1.30 compiled, 1.30
-and 1.89 eager (with TIMM_POOLATTN_FUSED_POOL 1 and 0).
+What it gains, as the time of an eager training step over that of the plain network, gathered and with amax and amin:
+1.27 to 1.45 and 1.66 to 1.72 in float32, 1.24 to 1.29 and 1.82 to 1.84 in bfloat16 (resnet20, channels last, two runs
+of `poolattn bench models` each, with TIMM_POOLATTN_FUSED_POOL 1 and 0, on an AMD EPYC with AVX-512 and its bfloat16
+instructions); contiguous 1.28 and 1.44 (resnet83 at depth 29, float32, AVX2). Compiled, gathering would change nothing
+on that CPU (1.05 to 1.13 and 1.10 to 1.14 in float32, 1.17 to 1.19 and 1.18 in bfloat16) and on an Intel Xeon with AMX;
+with AVX2 alone it would pay channels last (1.15 and 1.41 in float32) and cost contiguous (1.47 and 1.36). No GPU was
+measured.
 """
 
 import os
@@ -23,12 +23,12 @@ _use_fused = os.environ.get('TIMM_POOLATTN_FUSED_POOL', '1') != '0'
 
 
 def use_fused_pool() -> bool:
-    """Return True if the extremes are gathered where gradients are recorded; see `set_fused_pool`."""
+    """Return True if the extremes are gathered in eager training; see `set_fused_pool`."""
     return _use_fused
 
 
 def set_fused_pool(enable: bool = True) -> None:
-    """Gather the extremes where gradients are recorded (the start value), or use amax and amin as all else does.
+    """Gather the extremes in eager training (the start value), or use amax and amin as all else does.
 
     In the manner of timm's `set_fused_attn`. TIMM_POOLATTN_FUSED_POOL=0 in the environment starts with False.
     """
@@ -39,8 +39,8 @@ def set_fused_pool(enable: bool = True) -> None:
 def max_min_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the largest and smallest value of each map: x (B, C, H, W) -> f_max, f_min, (B, C) each.
 
-    Where several positions hold the extreme, amax and amin share its gradient evenly among them. The gathered form
-    gives it to one of them, as max pooling does. Both are subgradients, with the same sum.
+    Where several positions hold the extreme, amax and amin, and so a compiled step, share its gradient evenly among
+    them. Eager training gives it to one of them, as max pooling does. Both are subgradients, with the same sum.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  nested, so that TorchScript leaves it out
         if _gathers(x):
@@ -49,14 +49,11 @@ def max_min_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _gathers(x: torch.Tensor) -> bool:
-    """Return True where gradients are recorded, but compiled only where channels come last.
+    """Return True where gradients are recorded and nothing is captured.
 
-    A graph that leaves this process keeps to torch's own operators, amax and amin, and so does what is no plain tensor:
-    an fx.Proxy, a DTensor.
+    A graph keeps to torch's own operators, amax and amin, and so does what is no plain tensor: an fx.Proxy, a DTensor.
     """
-    if not _use_fused or type(x) is not torch.Tensor or torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return False
-    if torch.compiler.is_compiling() and x.stride(1) != 1:
+    if not _use_fused or type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return torch.is_grad_enabled() and x.requires_grad
 

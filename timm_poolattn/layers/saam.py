@@ -69,8 +69,8 @@ class SAAM(nn.Module):
     def score_map(self, x: torch.Tensor) -> torch.Tensor:
         """Return V of Eq. 7, shape (B, K, H, W): for each sample and path non-negative, with sum 1 over H, W."""
         u = self.conv(_as_channels_last(x.mean(1, keepdim=True)))  # Eq. 5, 6
-        # float16's range: a score that overflows would turn the softmax into NaN. Wider dtypes lose little: scores that
-        # far apart give a softmax of 0 and 1. (OpenVINO converts no torch.nan_to_num, FX traces no torch.finfo.)
+        # float16's range: a score that overflows would turn the softmax into NaN. Of a wider dtype's scores beyond it
+        # those on one side become equal. (OpenVINO converts no torch.nan_to_num, FX traces no torch.finfo.)
         u = u.clamp(-65504.0, 65504.0)
         # not reshape, which FX quantises to 8 bits with the softmax, nor view_as, which few converters know
         return u.flatten(2).softmax(dim=-1).unflatten(2, x.shape[2:])  # Eq. 7
@@ -87,8 +87,8 @@ def _as_channels_last(u: torch.Tensor) -> torch.Tensor:
 
     Where they say contiguous, oneDNN takes 16 times as long for the gradient of the convolution's input (11.6 and
     0.7 ms, float32, 64 maps of 32 x 32, one thread). Compiled, u stays as it is: inductor gains nothing by it and fails
-    on it where sides are dynamic. So it does in a graph that leaves the process, and where it is no plain tensor: an
-    fx.Proxy, a DTensor.
+    on it where sides are dynamic. So it does where it is traced or exported, and where it is no plain tensor: an
+    fx.Proxy, a DTensor. A scripted gate has the strides on any device.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  nested, so that TorchScript leaves it out
         if type(u) is not torch.Tensor or not u.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():

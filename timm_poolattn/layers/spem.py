@@ -130,5 +130,5 @@ class SPEM(nn.Module):
         u = lambda_ * f_max + (1 - lambda_) * f_min  # Eq. 2
         v = F.sigmoid(self.gamma_exc * u + self.beta_exc)  # v_exc, Eq. 4
         if self.reweight != 'none':
-            v = v * self._v_rew(f_max, f_min)  # Eq. 7
-        return x * v.to(x.dtype)[:, :, None, None]
+            v = v * self._v_rew(f_max, f_min)
+        return x * v.to(x.dtype)[:, :, None, None]  # Eq. 7

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..papers import DATASETS
 from ..utils import MissingFileError, UserError, look_up, released
 
 #: results.json of the runs that no release folder holds, one file each.
@@ -46,8 +47,8 @@ def run_results(folder: Path) -> dict[str, Any]:
     """Return what results.json would have of a run that has ended, its accuracy as the run itself measured it.
 
     Raises:
-        UserError: a run that has not ended, did not evaluate its last epoch, of another model than ours, or of an older
-            version, which did not record all of this.
+        UserError: a run that has not ended, did not evaluate its last epoch, of another model than ours, of other
+            classes than its tag's, or of an older version, which did not record all of this.
     """
     import timm
 
@@ -65,13 +66,18 @@ def run_results(folder: Path) -> dict[str, Any]:
     if missing := _OF_A_RUN - run.record.keys():
         raise UserError(f'{folder}: run.json has no {min(missing)}; `poolattn hub release` and name its folder')
     model = run.untrained_model()
-    arch = model.pretrained_cfg['architecture']
+    arch, tag = model.pretrained_cfg['architecture'], model.pretrained_cfg['tag']
     look_up('model', arch, timm.list_models(module=FAMILIES), f'{folder}: the report is of our models')
+    classes = run.record.get('classes', [])
+    if classes and classes != DATASETS.get(tag, {}).get('classes', classes):
+        raise UserError(
+            f'{folder}: its {len(classes)} classes ({classes[0]}, ...) are not those of {tag}: no row has it'
+        )
     facts = {k: v for k, v in run.record.items() if k != 'classes'}
     return dict(
         facts,
         model=arch,
-        tag=model.pretrained_cfg['tag'],
+        tag=tag,
         gate=model.gate,
         parameters=sum(p.numel() for p in model.parameters()),
         multiply_adds=multiply_adds(model),

@@ -59,8 +59,10 @@ def training_of(result: dict[str, Any]) -> str:
     arguments = {k: v for k, v in result['arguments'].items() if k not in own}
     which = result.get('checkpoint', {}).get('which')
     how = [result.get('recipe'), bool(start_of(result)), arguments, result['options'], which]
-    as_now = {k: result[k] for k in ('arguments', 'options')}
-    changed = [part for part in result.get('resumed', []) if {k: part.get(k) for k in as_now} != as_now]
+    compared = ('arguments', 'options', 'teacher_weights')
+    changed = [
+        part for part in result.get('resumed', []) if any(part[k] != result.get(k) for k in compared if k in part)
+    ]
     processes = result.get('hardware', '').rpartition(' processes,')[0]  # each has a batch of its own
     how += [result.get('teacher_weights'), changed, processes, result['test'].get('images'), result['epochs']]
     return json.dumps(how, sort_keys=True)

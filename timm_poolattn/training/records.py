@@ -140,6 +140,8 @@ class Record:
         before = _read(Path(resume).parent / 'run.json') if resume else {}
         if before:
             part = {k: before.get(k, {}) for k in ('arguments', 'options')}
+            if 'teacher_weights' in before:
+                part['teacher_weights'] = before['teacher_weights']
             part['after_epochs'] = read_checkpoint(resume)['epoch'] + 1
             self.facts['resumed'] = [*before.get('resumed', []), part]
             if changes := _changes(before, json.loads(json.dumps(facts))):
@@ -161,9 +163,11 @@ class Record:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return what differs among the arguments and options of two records."""
+    """Return what differs among the arguments, options and teachers of two records."""
     parts = [[record.get(key) for key in ('arguments', 'options')] for record in (before, now)]
     old, new = ({k: v for part in of if isinstance(part, dict) for k, v in part.items()} for of in parts)
+    for values, record in ((old, before), (new, now)):  # of one name the weights may have been exchanged
+        values['weights of the teachers'] = [sha256[:8] for sha256 in record.get('teacher_weights', [])]
     return [
         f'{k} {old.get(k, "not given")} -> {new.get(k, "not given")}'
         for k in sorted({*old, *new})

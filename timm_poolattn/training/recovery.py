@@ -1,5 +1,6 @@
 """What a run survives: Ctrl-C, a diverging loss, a full disk, a kill, a damaged checkpoint."""
 
+import argparse
 import errno
 import logging
 import math
@@ -29,18 +30,21 @@ class RunStopped(UserError, RuntimeError):
     """A run that cannot go on; the message says where it stopped, why, and what to do."""
 
 
-def check_checkpoint(path: str | Path, model: nn.Module | None = None, lr: float | None = None) -> None:
+def check_checkpoint(
+    path: str | Path, model: nn.Module | None = None, optimizer: argparse.Namespace | None = None
+) -> None:
     """Refuse a checkpoint that a run cannot go on from.
 
     Args:
         path: given by --resume.
         model: what it must be of.
-        lr: what its optimizer, which keeps its own, must have begun with.
+        optimizer: train.py's arguments, of which those of the optimizer must be as the checkpoint, which keeps its own,
+            has them.
 
     Raises:
         MissingFileError: it is missing.
         UserError: it was cut short or changed (the message offers the newest whole one beside it), is none of
-            train.py's, of another model, or has another learning rate.
+            train.py's, of another model, or of another optimizer.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,14 +53,22 @@ def check_checkpoint(path: str | Path, model: nn.Module | None = None, lr: float
         offer = newest_checkpoint(path.parent)
         offer = f'the newest whole one is {offer}' if offer else 'no other in its folder is whole'
         raise UserError(f'--resume: {path} is damaged: it was cut short or changed; {offer}')
-    if lr is not None:
-        groups = read_checkpoint(path).get('optimizer', {}).get('param_groups', [])
-        begun = sorted({group['initial_lr'] for group in groups if 'initial_lr' in group}, reverse=True)
-        if begun and not any(math.isclose(lr, rate, rel_tol=1e-6) for rate in begun):
+    if optimizer is not None:
+        saved = read_checkpoint(path)
+        opt = getattr(saved.get('args'), 'opt', optimizer.opt)
+        if opt != optimizer.opt:
             raise UserError(
-                f'--resume: --lr is {lr:g}, and the optimizer in {path} keeps {begun[0]:g}; give that, or add'
-                f' --no-resume-opt'
+                f'--resume: --opt is {optimizer.opt}, and {path} is of {opt}; give that, or --no-resume-opt'
             )
+        groups = saved.get('optimizer', {}).get('param_groups', [])
+        for option, key in (('lr', 'initial_lr'), ('weight_decay', 'weight_decay')):
+            given, kept = getattr(optimizer, option), sorted({g[key] for g in groups if key in g}, reverse=True)
+            # some groups have a part of it, or none; train.py computes a rate that is not given
+            if given is not None and kept and not any(math.isclose(given, value, rel_tol=1e-6) for value in kept):
+                raise UserError(
+                    f'--resume: --{option.replace("_", "-")} is {given:g}, and the optimizer in {path} keeps'
+                    f' {kept[0]:g}; give that, or add --no-resume-opt'
+                )
     if model is not None:
         saved = {name: w.shape for name, w in model_weights(read_checkpoint(path)).items()}
         own = {name: w.shape for name, w in model.state_dict().items()}
@@ -68,9 +80,11 @@ def check_checkpoint(path: str | Path, model: nn.Module | None = None, lr: float
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of an epoch's end in a run's folder, if any."""
-    paths = [*folder.glob('last.pth.tar'), *folder.glob('checkpoint-*.pth.tar')]
-    return next((p for p in sorted(paths, key=lambda p: p.stat().st_mtime_ns, reverse=True) if _is_whole(p)), None)
+    """Return the whole checkpoint of the latest epoch's end in a run's folder, if any."""
+    epochs = {path: int(path.name.split('.')[0].split('-')[1]) for path in folder.glob('checkpoint-[0-9]*.pth.tar')}
+    # each is a link to what was `last` at its time
+    paths = [*folder.glob('last.pth.tar'), *sorted(epochs, key=epochs.get, reverse=True)]
+    return next(filter(_is_whole, paths), None)
 
 
 def _is_whole(path: Path) -> bool:
@@ -221,7 +235,10 @@ class Guard:
             return message
         if self.interrupts == 1 and self.update:  # a second Ctrl-C may have hit within an update
             self.saver.save_recovery(self.epoch, batch_idx=self.update - 1)
-            message += f' Saved {self.saver.curr_recovery_file}, to go on with epoch {self.epoch + 1}.'
+            recovery = self.saver.curr_recovery_file
+            message += f' Saved {recovery}, to go on with epoch {self.epoch + 1}.'
+            if not newest_checkpoint(self._folder()):
+                return f'{message} That is: {self._same_command(recovery)}'
         return message + self._resume_from()
 
     def _folder(self) -> Path:
@@ -231,8 +248,8 @@ class Guard:
         path = newest_checkpoint(self._folder()) if self.saver and self.resumable else None
         if not path:
             return ''
-        folder = path.parent
-        return (
-            f' To go on from the last whole epoch, as if nothing had happened: the same command with --output'
-            f' {folder.parent} --experiment {folder.name} --resume {path}'
-        )
+        return f' To go on from the last whole epoch, as if nothing had happened: {self._same_command(path)}'
+
+    def _same_command(self, checkpoint: str | Path) -> str:
+        folder = self._folder()
+        return f'the same command with --output {folder.parent} --experiment {folder.name} --resume {checkpoint}'

@@ -113,7 +113,7 @@ def train(
                 '--sched plateau: no checkpoint holds where it is, so a resumed run would have other learning rates;'
                 ' train from the start, or with another --sched'
             )
-        check_checkpoint(args.resume, lr=None if args.no_resume_opt else args.lr)
+        check_checkpoint(args.resume, optimizer=None if args.no_resume_opt else args)
     resident = resident and _can_be_resident(args, parsed.given)
     if crop_padding is not None and not resident:
         raise UserError("--crop-padding is the resident loader's; leave it out, or what wants timm's own loader")
@@ -167,7 +167,10 @@ def train(
                 raise
             # of a loader's worker, with its traceback before it
             raise UserError(str(e).strip().splitlines()[-1].partition(': ')[2]) from e
-        except torch.OutOfMemoryError as e:
+        except (torch.OutOfMemoryError, MemoryError) as e:
+            if resident and not guard.started:
+                said = f'{args.device} has not the memory for all images; --no-resident reads them one by one'
+                raise UserError(f'{args.data_dir or args.data}: {said}') from e
             raise UserError(f'--batch-size {args.batch_size}: {args.device} has not the memory; give less') from e
         except Exception as e:  # of timm's and torch's own kinds
             if guard.interrupts:  # which may end a loader's workers first
@@ -176,7 +179,8 @@ def train(
                 raise
             what = str(e) or traceback.extract_tb(e.__traceback__)[-1].line or ''  # of a bare assert, its line
             said = f'{type(e).__name__}: {" ".join(what.split())[:300]}'.removesuffix(': ')
-            raise UserError(f'train.py takes no such arguments: before its first batch it ended with {said}') from e
+            blame = '' if isinstance(e, OSError) else ' takes no such arguments: it'
+            raise UserError(f'train.py{blame} ended before its first batch with {said}') from e
         finally:
             logging.root.handlers = handlers_before
         if record:
@@ -377,6 +381,8 @@ def _create_dataset(
                 raise UserError(f'--class-map {class_map}: its numbers must be 0 to {len(index) - 1}, each once')
             if not index.keys() & set(classes):
                 raise UserError(f'--class-map {class_map}: names none of the folders {", ".join(classes[:3])}, ...')
+            if is_training and class_map:
+                _say_left_out(class_map, [*index], classes)
             dataset = ImageFiles(root, split, _view(args, is_training).input_size[0], index)
     except UserError:
         raise
@@ -403,6 +409,22 @@ def _create_dataset(
     if index and is_training:
         note(sorted(index, key=index.get), args.num_classes)
     return dataset
+
+
+def _say_left_out(class_map: str, named: list[str], folders: list[str]) -> None:
+    """Warn of names that only one of the two has: a class left out on purpose looks the same as one misspelt.
+
+    Raises:
+        UserError: an empty name, of an empty line.
+    """
+    if '' in named:
+        raise UserError(f'--class-map {class_map}: line {named.index("") + 1} is empty; take it out')
+    for names, said in (
+        ([name for name in folders if name not in named], 'does not name, so that their images are left out'),
+        ([name for name in named if name not in folders], 'names, and no images are of them'),
+    ):
+        if names:
+            _logger.warning(f'--class-map {class_map}: {", ".join(names[:5])}: it {said}')
 
 
 def _can_be_resident(args: argparse.Namespace, given: dict[str, Any]) -> bool:
