@@ -16,7 +16,10 @@ from PIL import Image
 
 from timm_poolattn import insert
 from timm_poolattn.cli import main
+from timm_poolattn.cli.training import train
 from timm_poolattn.layers import GATES
+from timm_poolattn.training.arguments import check_arguments, parse_arguments
+from timm_poolattn.training.timm_script import load_train_script
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / name for name in ('README.md', 'train_scripts/README.md', 'hub_configs/README.md',
@@ -31,6 +34,7 @@ def commands(path):
     """Arguments of each `poolattn ...` in the bash blocks of a README."""
     for block in blocks(path, 'bash'):
         for line in block.replace('\\\n', ' ').splitlines():
+            line = line.replace('train_scripts/train.py', 'poolattn train')
             words = shlex.split(line, comments=True)
             for word in (word for word in words if ' poolattn ' in word):  # the script of an `sh -c`
                 words = shlex.split(word)
@@ -44,12 +48,20 @@ COMMANDS = [(path, args) for path in READMES for args in commands(path)]
 
 
 @pytest.mark.parametrize('path, args', [pytest.param(*c, id=f'{c[0].parent.name}: {" ".join(c[1])}') for c in COMMANDS])
-def test_every_command_parses(path, args):
+def test_every_command_parses(path, args, request, tmp_path, monkeypatch):
+    """Arguments of timm's train.py by its own parser."""
     command = main
     while isinstance(command, click.Group):
         name, *args = args
         command = command.commands[name]
-    command.make_context(name, args)
+    context = command.make_context(name, args)
+    if command is train:
+        train_script = request.getfixturevalue('train_script')
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / 'start.safetensors').touch()
+        argv = ['0.1' if arg == 'LR' else arg for arg in context.params['timm_args']]
+        parsed = parse_arguments(load_train_script(train_script), argv, context.params['recipe'])
+        check_arguments(parsed.args)
 
 
 @pytest.fixture
