@@ -216,7 +216,7 @@ def test_data_that_is_not_there_is_left_out_by_name(zoo, tmp_path):
     result = CliRunner().invoke(zoo.main, ['--data-root', str(tmp_path), '--manifest', str(path)])
     assert result.exit_code == 0
     assert f'left out: 1 runs on cifar10, which {tmp_path} does not hold' in result.output
-    assert result.output.splitlines()[-1].startswith('nothing to train: no other is without a results file')
+    assert result.output.splitlines()[-1].startswith('nothing to train; what has a results file')
 
 
 _ZOO_IN = """

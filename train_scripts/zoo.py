@@ -16,7 +16,7 @@ A manifest is a YAML list; an entry stands for every combination of its models, 
       args: [--lr, '0.012']               # more arguments of `poolattn train`; default: none
 
 A run with a results file is done. The others are trained by `poolattn train`, several at once, each resumed from its
-newest whole checkpoint, and laid out by `poolattn hub release`. Where a model has a release folder already, the better
+latest whole checkpoint, and laid out by `poolattn hub release`. Where a model has a release folder already, the better
 of the two by last-epoch accuracy is in hub_configs, and the other leaves its results file. After any interruption the
 same command goes on where the last one stopped; several may work on one --runs folder.
 """
@@ -74,6 +74,12 @@ class Run:
         curve = read_curve(self.folder)  # without a row for epochs that --val-interval leaves out
         return int(curve[-1]['epoch']) + 1 if curve and (self.folder / 'last.pth.tar').is_file() else 0
 
+    def has_ended(self) -> bool:
+        """Return True if train.py came to its end, which a curve does not say: its last checkpoint may be missing."""
+        with suppress(OSError, ValueError):
+            return json.loads((self.folder / 'run.json').read_text()).get('ended', False)
+        return False
+
     def is_done(self) -> bool:
         """Return True if a results file, of a release or not, is this run's."""
         mine = (self.model, self.data, self.recipe, self.seed, self.epochs)
@@ -96,8 +102,8 @@ class Run:
         train = ['--model', name, '--epochs', str(self.epochs), '--seed', str(self.seed)]
         train += ['--val-split', 'test', '--device', device]
         output = ['--output', str(self.folder.parent), '--experiment', self.folder.name]
-        # also where its curve is complete: only train.py knows if the checkpoint is, and of --cooldown-epochs
-        yield [*poolattn, 'train', '--recipe', self.recipe, *train, *data, *output, *begin, *self.args]
+        if not self.has_ended():
+            yield [*poolattn, 'train', '--recipe', self.recipe, *train, *data, *output, *begin, *self.args]
         out = ['--out', str(self.folder / 'release'), '--replace']  # which `keep_better` moves
         yield [*poolattn, 'hub', 'release', str(self.folder), '--tag', self.data, *data, *out]
 
@@ -315,7 +321,7 @@ def _train(todo: list[Run], data_root: Path, jobs: int | None, plan: bool, deadl
         click.echo(f'left out: {sum(run.data == data for run in todo)} runs on {data}, which {data_root} does not hold')
     todo = [run for run in todo if (data_root / run.data).is_dir()]
     if not todo:
-        click.echo('nothing to train: no other is without a results file of its model, data, recipe, epochs and seed')
+        click.echo('nothing to train; what has a results file of its model, data, recipe, epochs and seed is done')
         return
     seconds, jobs = make_plan(todo, data_root, device, jobs)
     for run, s in zip(todo, seconds, strict=True):

@@ -145,7 +145,7 @@ def test_one_step_of_a_stage_is_the_equations(name, flavour, block_cls, layout):
 @pytest.mark.parametrize('block', ['basic', 'bottleneck'])
 @pytest.mark.parametrize('name', [None, 'spem', 'saam', 'fa', 'fase'])
 def test_one_step_of_a_network_is_the_equations(name, block):
-    """Shortcuts of both kinds, gates of stages, and gradients through the k of earlier blocks and stages."""
+    """Shortcuts of both kinds, gates of stages, and gradients through the k of earlier stages."""
     model = network(name, torch.double, block).train()
     images = torch.randn(3, 3, 8, 8, dtype=torch.double)
     assert_same_step(model, lambda x: network_by_equations(name, model, x), images)

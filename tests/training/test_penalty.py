@@ -1,4 +1,5 @@
 import math
+from argparse import Namespace
 
 import pytest
 import timm
@@ -148,7 +149,7 @@ def test_who_takes_the_penaltys_step(opt):
     """Any SGD has it in the gradient; of Lookahead, what it wraps says it."""
     model = timm.create_model('resnet20_spem').eval()
     task = PenaltyTask(model, nn.CrossEntropyLoss(), penalty_weight=0.1)
-    optimizer = _create_optimizer([task], create_optimizer_v2, model, opt, lr=0.01)
+    optimizer = _create_optimizer(Namespace(resume=''), [task], create_optimizer_v2, model, opt, lr=0.01)
     assert task.decoupled == opt.endswith('adamw')
     task(INPUT, TARGET)['loss'].backward()
     optimizer.step()

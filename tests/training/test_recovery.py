@@ -109,6 +109,7 @@ def test_truncated_checkpoint(train_script, cifar10_few, tmp_path):
     resume = lambda path: run_train(train_script, cifar10_few, tmp_path, '--resume', path)  # noqa: E731
     last.unlink()  # of its own, for timm links it to checkpoint-1
     os.utime(run / 'checkpoint-0.pth.tar')  # a copy of the folder may have any times
+    shutil.copy(run / 'checkpoint-0.pth.tar', run / 'checkpoint-7 (1).pth.tar')
     for damaged in (whole[: len(whole) // 2], b'', whole[:300_000] + b'?' + whole[300_001:]):
         last.write_bytes(damaged)
         with pytest.raises(ValueError, match=r'last.pth.tar is damaged: .* newest whole one is .*checkpoint-1.pth.tar'):
@@ -180,7 +181,7 @@ def test_a_checkpoint_is_on_the_disk(train_script, cifar10_few, tmp_path, monkey
 
 def test_a_checkpoint_that_cannot_be_written(train_script, cifar10_few, tmp_path):
     """A limit on the size of files, in a process of its own: one line, the checkpoint before it is kept."""
-    options = ['-b', 16, '--warmup-epochs', 0, '--opt', 'momentum']
+    options = ['-b', 16, '--warmup-epochs', 0, '--opt', 'momentum', '--lr', 0.05]
     first = run_train(train_script, cifar10_few, tmp_path, *options)
     last = first / 'last.pth.tar'
     before = last.read_bytes()

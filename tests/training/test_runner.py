@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from timm_poolattn.training import read_curve
 from timm_poolattn.training import train as run_train
@@ -79,10 +81,15 @@ def test_a_resumed_run_is_recorded(train_script, image_folder, tmp_path, caplog)
     record = json.loads((folder / 'run.json').read_text())
     assert record['arguments']['epochs'] == 2 and record['resumed'][0]['arguments']['epochs'] == 1
     other_rate = ['--resume', folder / 'last.pth.tar', '--smoothing', 0, '--epochs', 3, '--lr', 0.012]
-    with pytest.raises(UserError, match=r'--lr is 0\.012, and the optimizer in \S+ keeps [\d.]+; give that, or add'):
+    with pytest.raises(UserError, match=r'lr is 0\.012, and the optimizer in \S+ keeps [\d.]+; give it as before, or'):
         run(*other_rate)
-    for option, value, said in (('--weight-decay', 0.3, '--weight-decay is 0.3'), ('--opt', 'adamw', '--opt is adamw')):
-        with pytest.raises(UserError, match=f'{said}, and .*; give that, or'):
+    for option, value, said in (
+        ('--weight-decay', 0.3, 'weight_decay is 0.3'),
+        ('--momentum', 0.5, 'momentum is 0.5'),
+        ('--opt', 'adamw', '--opt is adamw'),
+        ('--layer-decay', 0.5, r'the optimizer has \d+ groups of parameters'),
+    ):
+        with pytest.raises(UserError, match=f'{said}, and .*; give'):
             run('--resume', folder / 'last.pth.tar', '--smoothing', 0, '--epochs', 3, option, value)
     assert json.loads((folder / 'run.json').read_text()) == record and len(read_curve(folder)) == 2
     run(*other_rate, '--no-resume-opt', '--min-lr', 0.012)
@@ -90,13 +97,12 @@ def test_a_resumed_run_is_recorded(train_script, image_folder, tmp_path, caplog)
 
 
 def test_images_that_memory_does_not_hold(train_script, image_folder, tmp_path, monkeypatch):
-    def load_images(*args, **kwargs):
-        raise MemoryError('Unable to allocate 22.0 GiB')
-
-    monkeypatch.setattr('timm_poolattn.training.runner.load_images', load_images)
+    """numpy's error, and torch's."""
     args = ['--model', 'resnet20', '--data-dir', image_folder, *COMMON, '--output', tmp_path]
-    with pytest.raises(UserError, match=r'cpu has not the memory for all images; --no-resident reads them one by one'):
-        run_train([*map(str, args)], timm_script=train_script)
+    for allocate in (np.empty, torch.empty):
+        monkeypatch.setattr('timm_poolattn.training.runner.load_images', lambda *_, f=allocate, **__: f(2**50))
+        with pytest.raises(UserError, match='cpu has not the memory; give less, or --no-resident, which reads images'):
+            run_train([*map(str, args)], timm_script=train_script)
 
 
 def test_mistakes_end_in_one_line(train_script, tmp_path):

@@ -148,7 +148,7 @@ def release(
             last_epoch_top1=evaluated[-1]['eval_top1'],
             best_top1=best['eval_top1'],
             best_epoch=int(best['epoch']),
-            **{k: v for k, v in run.record.items() if k != 'classes'},  # which config.json has
+            **{k: v for k, v in run.record.items() if k not in ('classes', 'ended')},  # config.json has the classes
             curve=curve,
         )
         (temp / 'results.json').write_text(json.dumps(results, indent=2) + '\n')

@@ -70,10 +70,9 @@ def run_results(folder: Path) -> dict[str, Any]:
     look_up('model', arch, timm.list_models(module=FAMILIES), f'{folder}: the report is of our models')
     classes = run.record.get('classes', [])
     if classes and classes != DATASETS.get(tag, {}).get('classes', classes):
-        raise UserError(
-            f'{folder}: its {len(classes)} classes ({classes[0]}, ...) are not those of {tag}: no row has it'
-        )
-    facts = {k: v for k, v in run.record.items() if k != 'classes'}
+        said = f'its {len(classes)} classes ({classes[0]}, ...) are not those of {tag}'
+        raise UserError(f'{folder}: {said}: no table of the papers has it')
+    facts = {k: v for k, v in run.record.items() if k not in ('classes', 'ended')}
     return dict(
         facts,
         model=arch,

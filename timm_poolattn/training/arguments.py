@@ -94,8 +94,10 @@ def parse_arguments(module: ModuleType, argv: Sequence[str], recipe: str | None 
     config = module.config_parser.parse_known_args(list(argv))[0].config
     if recipe is not None:
         if config:
-            remedy = '`poolattn train` takes a --config' if recipe == 'finetune' else 'take one'
-            raise UserError(f'recipe {recipe} and --config {config}: {remedy}, and arguments override its values')
+            own = ' (`poolattn finetune` has its recipe, `poolattn train` takes either)' * (recipe == 'finetune')
+            raise UserError(
+                f'recipe {recipe} and --config {config}: take one{own}, and override its values by arguments'
+            )
         look_up('recipe', recipe, recipes(), 'or give a file of your own by --config')
         config = str(recipes()[recipe])
         argv = ['--config', config, *argv]

@@ -108,7 +108,8 @@ def _mend_curve(folder: Path) -> None:
 class Record:
     """run.json of a run in progress: written at its start, and again whenever a checkpoint is.
 
-    Of a resumed run it holds what went before, too: `resumed`, its parts, and the time that they took.
+    Of a resumed run it holds what went before, too: `resumed`, its parts, and the time that they took. `ended` is True
+    once no epoch is left.
 
     Args:
         folder: of the run.
@@ -137,7 +138,7 @@ class Record:
             hardware=f'{name} ({platform.machine()})',
         )
         self.seconds_before = 0
-        before = _read(Path(resume).parent / 'run.json') if resume else {}
+        self.before = before = _read(Path(resume).parent / 'run.json') if resume else {}
         if before:
             part = {k: before.get(k, {}) for k in ('arguments', 'options')}
             if 'teacher_weights' in before:
@@ -155,6 +156,13 @@ class Record:
     def seconds(self) -> float:
         """Since the start of this part of the run."""
         return time.time() - self.start
+
+    def end(self, trained: bool) -> None:
+        """Note that the run has ended; that of one with no epoch left, not `trained`, stays as it was."""
+        if not trained:
+            self.facts, self.seconds_before, self.start = self.before, self.before.get('wall_time_s', 0), time.time()
+        self.facts['ended'] = True
+        self.write()
 
     def write(self) -> None:
         """Write run.json as of now."""

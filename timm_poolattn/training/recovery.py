@@ -1,10 +1,10 @@
 """What a run survives: Ctrl-C, a diverging loss, a full disk, a kill, a damaged checkpoint."""
 
-import argparse
 import errno
 import logging
 import math
 import random
+import re
 import shutil
 import signal
 import threading
@@ -17,12 +17,15 @@ import torch
 from timm.task import TrainingTask
 from timm.utils import random_seed
 from torch import nn
+from torch.optim import Optimizer
 
 from ..utils import MissingFileError, UserError, sync
 from .runs import model_weights, read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
+#: Of an optimizer's group of parameters, what arguments of train.py set and no optimizer changes.
+_SETTINGS = ('lr', 'weight_decay', 'momentum', 'betas', 'eps', 'lr_scale')
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -30,21 +33,17 @@ class RunStopped(UserError, RuntimeError):
     """A run that cannot go on; the message says where it stopped, why, and what to do."""
 
 
-def check_checkpoint(
-    path: str | Path, model: nn.Module | None = None, optimizer: argparse.Namespace | None = None
-) -> None:
+def check_checkpoint(path: str | Path, model: nn.Module | None = None) -> None:
     """Refuse a checkpoint that a run cannot go on from.
 
     Args:
         path: given by --resume.
         model: what it must be of.
-        optimizer: train.py's arguments, of which those of the optimizer must be as the checkpoint, which keeps its own,
-            has them.
 
     Raises:
         MissingFileError: it is missing.
         UserError: it was cut short or changed (the message offers the newest whole one beside it), is none of
-            train.py's, of another model, or of another optimizer.
+            train.py's, or of another model.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,22 +52,6 @@ def check_checkpoint(
         offer = newest_checkpoint(path.parent)
         offer = f'the newest whole one is {offer}' if offer else 'no other in its folder is whole'
         raise UserError(f'--resume: {path} is damaged: it was cut short or changed; {offer}')
-    if optimizer is not None:
-        saved = read_checkpoint(path)
-        opt = getattr(saved.get('args'), 'opt', optimizer.opt)
-        if opt != optimizer.opt:
-            raise UserError(
-                f'--resume: --opt is {optimizer.opt}, and {path} is of {opt}; give that, or --no-resume-opt'
-            )
-        groups = saved.get('optimizer', {}).get('param_groups', [])
-        for option, key in (('lr', 'initial_lr'), ('weight_decay', 'weight_decay')):
-            given, kept = getattr(optimizer, option), sorted({g[key] for g in groups if key in g}, reverse=True)
-            # some groups have a part of it, or none; train.py computes a rate that is not given
-            if given is not None and kept and not any(math.isclose(given, value, rel_tol=1e-6) for value in kept):
-                raise UserError(
-                    f'--resume: --{option.replace("_", "-")} is {given:g}, and the optimizer in {path} keeps'
-                    f' {kept[0]:g}; give that, or add --no-resume-opt'
-                )
     if model is not None:
         saved = {name: w.shape for name, w in model_weights(read_checkpoint(path)).items()}
         own = {name: w.shape for name, w in model.state_dict().items()}
@@ -79,9 +62,38 @@ def check_checkpoint(
             )
 
 
+def check_optimizer(path: str | Path, name: str, optimizer: Optimizer) -> None:
+    """Refuse a checkpoint whose optimizer has other settings: it keeps them, whatever a resumed run's command says.
+
+    Args:
+        path: given by --resume.
+        name: of the optimizer, as --opt has it.
+        optimizer: of the resumed run, new.
+
+    Raises:
+        UserError: another optimizer, or one of `_SETTINGS` differs.
+    """
+    saved, remedy = read_checkpoint(path), 'give it as before, or add --no-resume-opt'
+    opt = getattr(saved.get('args'), 'opt', name).lower()
+    if opt != name.lower():
+        raise UserError(f'--resume: --opt is {name}, and {path} is of {opt}; {remedy}')
+    groups, new_groups = saved.get('optimizer', {}).get('param_groups', []), optimizer.param_groups
+    if groups and len(groups) != len(new_groups):
+        said = f'{len(new_groups)} groups of parameters, and that in {path} has {len(groups)}'
+        raise UserError(f'--resume: the optimizer has {said}; give --weight-decay and --layer-decay as before')
+    for old, new in zip(groups, new_groups, strict=bool(groups)):
+        old = {**old, 'lr': old.get('initial_lr', old.get('lr'))}
+        for key in (key for key in _SETTINGS if key in old and key in new):
+            if not torch.allclose(*(torch.as_tensor(group[key], dtype=torch.double) for group in (old, new)), atol=0):
+                raise UserError(
+                    f'--resume: {key} is {new[key]}, and the optimizer in {path} keeps {old[key]}; {remedy}'
+                )
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the whole checkpoint of the latest epoch's end in a run's folder, if any."""
-    epochs = {path: int(path.name.split('.')[0].split('-')[1]) for path in folder.glob('checkpoint-[0-9]*.pth.tar')}
+    names = {path: re.fullmatch(r'checkpoint-(\d+)\.pth\.tar', path.name) for path in folder.glob('checkpoint-*')}
+    epochs = {path: int(name[1]) for path, name in names.items() if name}
     # each is a link to what was `last` at its time
     paths = [*folder.glob('last.pth.tar'), *sorted(epochs, key=epochs.get, reverse=True)]
     return next(filter(_is_whole, paths), None)

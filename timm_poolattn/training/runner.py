@@ -31,7 +31,7 @@ from ..utils import UserError, look_up
 from .arguments import CROP_AND_COLOUR, check_arguments, parse_arguments, read_pretrained_cfg
 from .penalty import PenaltyMixin, with_penalty
 from .records import Record, new_folder, own_folder
-from .recovery import Guard, check_checkpoint, newest_checkpoint
+from .recovery import Guard, check_checkpoint, check_optimizer, newest_checkpoint
 from .runs import read_curve
 from .teachers import soft_targets, weight_hashes
 from .timm_script import find_train_script, load_train_script
@@ -79,7 +79,7 @@ def train(
     --config's file), the source of a warm start, the arguments that are not train.py's defaults, the teachers' hashes,
     the classes, seed, versions, hardware and wall time.
 
-    `--resume auto` goes on from the newest whole checkpoint in the folder of --experiment, if there is one. Several
+    `--resume auto` goes on from the latest whole checkpoint in the folder of --experiment, if there is one. Several
     machines must see the same folder.
 
     Raises:
@@ -113,7 +113,7 @@ def train(
                 '--sched plateau: no checkpoint holds where it is, so a resumed run would have other learning rates;'
                 ' train from the start, or with another --sched'
             )
-        check_checkpoint(args.resume, optimizer=None if args.no_resume_opt else args)
+        check_checkpoint(args.resume)
     resident = resident and _can_be_resident(args, parsed.given)
     if crop_padding is not None and not resident:
         raise UserError("--crop-padding is the resident loader's; leave it out, or what wants timm's own loader")
@@ -150,7 +150,7 @@ def train(
         for name, task in list(vars(module).items()):
             if isinstance(task, type) and issubclass(task, TrainingTask):
                 setattr(module, name, partial(_create_task, args, seen, tasks, with_penalty(task), penalty_weight))
-        module.create_optimizer_v2 = partial(_create_optimizer, tasks, module.create_optimizer_v2)
+        module.create_optimizer_v2 = partial(_create_optimizer, args, tasks, module.create_optimizer_v2)
         module.train_one_epoch = guard.around(_with_epoch_metrics(module.train_one_epoch))
         if resident:
             module.create_dataset = partial(create_resident_dataset, args, note, count, teachers)
@@ -167,12 +167,11 @@ def train(
                 raise
             # of a loader's worker, with its traceback before it
             raise UserError(str(e).strip().splitlines()[-1].partition(': ')[2]) from e
-        except (torch.OutOfMemoryError, MemoryError) as e:
-            if resident and not guard.started:
-                said = f'{args.device} has not the memory for all images; --no-resident reads them one by one'
-                raise UserError(f'{args.data_dir or args.data}: {said}') from e
-            raise UserError(f'--batch-size {args.batch_size}: {args.device} has not the memory; give less') from e
         except Exception as e:  # of timm's and torch's own kinds
+            if isinstance(e, torch.OutOfMemoryError | MemoryError) or 'allocate memory' in str(e):  # torch's on a CPU
+                images = ', or --no-resident, which reads images one by one' if resident and not guard.started else ''
+                said = f'--batch-size {args.batch_size}: {args.device} has not the memory; give less{images}'
+                raise UserError(said) from e
             if guard.interrupts:  # which may end a loader's workers first
                 raise KeyboardInterrupt(guard.save_interrupted()) from e
             if guard.started:
@@ -184,8 +183,7 @@ def train(
         finally:
             logging.root.handlers = handlers_before
         if record:
-            if guard.saver:
-                record.write()
+            record.end(trained=bool(guard.saver))
             rows = read_curve(folder)
             last = '  '.join(f'{name}: {value:.4g}' for name, value in rows[-1].items()) if rows else 'no epoch ended'
             print(f'trained {args.model} in {record.seconds:.0f} s -> {folder}  ({last})')
@@ -339,12 +337,16 @@ def _create_task(
     return task
 
 
-def _create_optimizer(tasks: list[TrainingTask], create: Callable[..., Optimizer], *args, **kwargs) -> Optimizer:
+def _create_optimizer(
+    args: argparse.Namespace, tasks: list[TrainingTask], create: Callable[..., Optimizer], *of, **kwargs
+) -> Optimizer:
     """Call timm's create_optimizer_v2. If steps do not follow the gradient's size, the task has the penalty."""
-    optimizer = create(*args, **kwargs)
+    optimizer = create(*of, **kwargs)
     inner = getattr(optimizer, '_base_optimizer', optimizer)  # private: Lookahead runs no hooks, what it wraps does
     if not isinstance(inner, torch.optim.SGD | SGDW | SGDP):
         tasks[-1].decouple(inner)
+    if args.resume and not args.no_resume_opt:
+        check_optimizer(args.resume, args.opt, optimizer)
     return optimizer
 
 
