@@ -119,6 +119,16 @@ def test_epochs_without_a_row_are_counted(zoo, tmp_path):
     assert run.epochs_done == 8
 
 
+@pytest.mark.parametrize('ended, left', [(True, ['hub']), (False, ['train', 'hub'])])
+def test_what_is_left_of_a_run(zoo, tmp_path, ended, left):
+    """A complete curve says nothing of its last checkpoint, nor of cooldown epochs."""
+    (run,) = zoo.read_manifest(manifest(tmp_path, ENTRY + ', epochs: 2}'), tmp_path)
+    run.folder.mkdir()
+    (run.folder / 'summary.csv').write_text('epoch,train_loss\n0,0.5\n1,0.4\n')
+    (run.folder / 'run.json').write_text(json.dumps(dict(seed=42, **(dict(ended=True) if ended else {}))))
+    assert [command[3] for command in run.commands(tmp_path, 'cpu')] == left
+
+
 def test_a_recipe_that_does_not_exist_is_named(zoo, tmp_path):
     path = manifest(tmp_path, '- {models: [resnet20_fa], data: [cifar10], recipe: nosuch}')
     result = CliRunner().invoke(zoo.main, ['--data-root', str(tmp_path), '--manifest', str(path)])

@@ -79,7 +79,9 @@ def test_a_resumed_run_is_recorded(train_script, image_folder, tmp_path, caplog)
     assert '--resume: not as before: epochs 1 -> 2, smoothing not given -> 0.0' in caplog.text
     assert [row['epoch'] for row in read_curve(folder)] == [0, 1]
     record = json.loads((folder / 'run.json').read_text())
-    assert record['arguments']['epochs'] == 2 and record['resumed'][0]['arguments']['epochs'] == 1
+    assert record['arguments']['epochs'] == 2 and record['resumed'][0]['arguments']['epochs'] == 1 and record['ended']
+    run('--resume', folder / 'last.pth.tar', '--smoothing', 0, '--drop', 0.1)  # no epoch is left
+    assert json.loads((folder / 'run.json').read_text()) == record
     other_rate = ['--resume', folder / 'last.pth.tar', '--smoothing', 0, '--epochs', 3, '--lr', 0.012]
     with pytest.raises(UserError, match=r'lr is 0\.012, and the optimizer in \S+ keeps [\d.]+; give it as before, or'):
         run(*other_rate)
