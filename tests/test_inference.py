@@ -21,6 +21,14 @@ def test_model_input_is_timms(in_chans):
     assert model_input(model, grey).shape == (1, in_chans, 32, 32)
 
 
+def test_other_channels_than_the_weights():
+    model = timm.create_model('resnet20_saam.cifar10', pretrained=True, in_chans=1).eval()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8))
+    cfg = model.pretrained_cfg
+    wanted = (torch.from_numpy(np.asarray(image).copy()) / 255 - sum(cfg['mean']) / 3) / (sum(cfg['std']) / 3)
+    torch.testing.assert_close(model_input(model, image), wanted[None, None])
+
+
 def test_a_size_for_tests_is_taken():
     """As timm's validate.py does: most of timm's ImageNet weights have one."""
     cfg = dict(test_input_size=(3, 40, 40), test_crop_pct=1.0, crop_pct=0.9)

@@ -54,7 +54,7 @@ def test_a_folder_comes_before_the_hub(hub, folder):
     assert not hub.requests
 
 
-@pytest.mark.parametrize('overlay', [dict(hf_hub_id='org/nothing'), dict(hf_hub_id=None, url='http://127.0.0.1:1/x')])
+@pytest.mark.parametrize('overlay', [dict(hf_hub_id='org/nothing'), dict(url='http://127.0.0.1:1/x')])
 def test_a_repository_that_is_named_comes_before_the_folder(hub, overlay):
     with pytest.raises((HubError, URLError)):
         timm.create_model('resnet20_saam', pretrained=True, pretrained_cfg_overlay=overlay)

@@ -55,7 +55,7 @@ def test_what_config_json_cannot_say_is_refused(tmp_path):
     (tmp_path / 'notes.txt').write_text('stays')
     again = timm.create_model('resnet20_saam', num_classes=3, act_layer='silu').eval()
     again.load_state_dict(model.state_dict())
-    save_model(again, tmp_path, ['cat', 'dog', 'eel'])
+    save_model(again.to(memory_format=torch.channels_last), tmp_path, ['cat', 'dog', 'eel'])
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     x = torch.randn(2, 3, 32, 32)
     assert loaded(x).equal(model(x)) and (tmp_path / 'notes.txt').exists()

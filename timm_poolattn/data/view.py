@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -198,5 +199,13 @@ def _to_8_bits(image: Image.Image, file_format: str | None, tiff: Mapping[int, A
 
 
 def evaluation_config(model: nn.Module) -> dict[str, Any]:
-    """Return how `model` is given images, in timm's names: with its size for tests, where it has one."""
-    return resolve_data_config(model=model, use_test_size=True)  # as timm's validate.py
+    """Return how `model` is given images, in timm's names: with its size for tests, where it has one.
+
+    A model that was created with other `in_chans` than its weights' has their mean and std averaged.
+    """
+    config = resolve_data_config(model=model, use_test_size=True)  # as timm's validate.py
+    channels, *size = config['input_size']
+    if (own := getattr(model, 'in_chans', channels)) != channels:
+        config['input_size'] = (own, *size)
+        config.update({key: (fmean(config[key]),) * own for key in ('mean', 'std')})
+    return config

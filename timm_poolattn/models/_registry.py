@@ -124,8 +124,8 @@ def register_models(module: str, create: Callable[..., nn.Module], model_args: d
     def entrypoint(name: str, args: dict[str, Any]) -> Callable[..., nn.Module]:
         def fn(pretrained: bool = False, **kwargs) -> nn.Module:
             overlay = kwargs.get('pretrained_cfg_overlay') or {}
-            if overlay.get('hf_hub_id') or overlay.get('url'):  # above which timm ranks a file, as a release has it
-                overlay = kwargs['pretrained_cfg_overlay'] = {'file': None, **overlay}
+            if overlay.get('hf_hub_id') or overlay.get('url'):  # above which timm ranks what a release has
+                overlay = kwargs['pretrained_cfg_overlay'] = {'file': None, 'hf_hub_id': None, **overlay}
             cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), overlay)
             built = {}
             if pretrained:

@@ -1,5 +1,6 @@
 """A model as timm, transformers and the Hub read it: a folder of config.json and model.safetensors."""
 
+import copy
 import json
 import shutil
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from timm.models import save_for_hf
 from torch import nn
 
@@ -37,7 +39,8 @@ def save_model(
     with TemporaryDirectory() as temp:  # timm writes the weights before it refuses what config.json cannot say
         try:
             save_for_hf(
-                model,
+                # which safetensors wants
+                copy.deepcopy(model).to(memory_format=torch.contiguous_format),
                 temp,
                 model_config=dict(label_names=list(label_names)),
                 model_args=args,
