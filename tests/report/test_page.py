@@ -162,7 +162,9 @@ class TestRows:
         (entry,) = measured_runs(dict(model_name='resnet20_saam.cifar10'), runs[-2:])
         assert entry['runs'] == 2
         (tmp_path / '2' / 'run.json').write_text(json.dumps({**facts, 'classes': [*'abcdefghij']}))
-        with pytest.raises(UserError, match=r'its 10 classes \(a, ...\) are not those of cifar10: no row has it'):
+        with pytest.raises(
+            UserError, match=r'its 10 classes \(a, ...\) are not those of cifar10: no table of the papers has it'
+        ):
             write_report(tmp_path / 'report.md', results=folders)
         (tmp_path / '1' / 'summary.csv').write_text('epoch,train_loss\n0,1.0\n')
         with pytest.raises(

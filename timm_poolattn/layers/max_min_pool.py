@@ -1,17 +1,20 @@
-"""Global max and min pooling, Eq. 1 of the SPEM paper: one form for eager training, one for all else.
+"""Global max and min pooling, Eq. 1 of the SPEM paper: one form where gradients are recorded, one for all else.
 
 Autograd's formula for amax compares the whole map with its maximum and counts the ties, in several passes. For it
-the positions of the extremes are found first, without a gradient, and the values are gathered there: the gradient goes
-to those positions alone, by torch's own formulas in every mode of autodiff. Compiled, the passes of amax's formula
-fuse, and amax and amin stay.
+the positions of the extremes are found first, by an operator that has no gradient, and the values are gathered there:
+the gradient goes to those positions alone, by torch's own formulas in every mode of autodiff. Compiled, where channels
+do not come last, the passes of amax's formula fuse and the operator is the slower one, so amax and amin stay.
 
-What it gains, as the time of an eager training step over that of the plain network, gathered and with amax and amin:
-1.27 to 1.45 and 1.66 to 1.72 in float32, 1.24 to 1.29 and 1.82 to 1.84 in bfloat16 (resnet20, channels last, two runs
-of `poolattn bench models` each, with TIMM_POOLATTN_FUSED_POOL 1 and 0, on an AMD EPYC with AVX-512 and its bfloat16
-instructions); contiguous 1.28 and 1.44 (resnet83 at depth 29, float32, AVX2). Compiled, gathering would change nothing
-on that CPU (1.05 to 1.13 and 1.10 to 1.14 in float32, 1.17 to 1.19 and 1.18 in bfloat16) and on an Intel Xeon with AMX;
-with AVX2 alone it would pay channels last (1.15 and 1.41 in float32) and cost contiguous (1.47 and 1.36). No GPU was
-measured.
+What it gains, as the time of a training step over that of the plain network, gathered and with amax and amin, channels
+last. On an AMD EPYC with AVX-512 and its bfloat16 instructions, in turns (`poolattn bench models`): resnet164 compiled
+in bfloat16 1.35 and 1.50; resnet20 eager 1.27 to 1.45 and 1.66 to 1.72 in float32, 1.24 to 1.29 and 1.82 to 1.84 in
+bfloat16, and compiled nothing (1.05 to 1.13 and 1.10 to 1.14 in float32, 1.17 to 1.19 and 1.18 in bfloat16). With AVX2
+alone, in float32 (resnet83 at depth 29, one thread): 1.15 and 1.41 compiled, 1.24 and 1.68 eager, and 1.28 and 1.44
+eager, contiguous. An Intel Xeon with AMX gains nothing compiled (1.28 and 1.30, in bfloat16 1.39 and 1.37). Compiled
+and contiguous it would cost: 1.47 and 1.36, in bfloat16 1.41 and 1.27 (at depth 11). No GPU was measured.
+
+Its lines as a plain function would do in every mode, and eager steps be slower: 1.80 in place of 1.68 (resnet164,
+bfloat16, on the first of these CPUs).
 """
 
 import os
@@ -23,12 +26,12 @@ _use_fused = os.environ.get('TIMM_POOLATTN_FUSED_POOL', '1') != '0'
 
 
 def use_fused_pool() -> bool:
-    """Return True if the extremes are gathered in eager training; see `set_fused_pool`."""
+    """Return True if the extremes are gathered where gradients are recorded; see `set_fused_pool`."""
     return _use_fused
 
 
 def set_fused_pool(enable: bool = True) -> None:
-    """Gather the extremes in eager training (the start value), or use amax and amin as all else does.
+    """Gather the extremes where gradients are recorded (the start value), or use amax and amin as all else does.
 
     In the manner of timm's `set_fused_attn`. TIMM_POOLATTN_FUSED_POOL=0 in the environment starts with False.
     """
@@ -39,8 +42,9 @@ def set_fused_pool(enable: bool = True) -> None:
 def max_min_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the largest and smallest value of each map: x (B, C, H, W) -> f_max, f_min, (B, C) each.
 
-    Where several positions hold the extreme, amax and amin, and so a compiled step, share its gradient evenly among
-    them. Eager training gives it to one of them, as max pooling does. Both are subgradients, with the same sum.
+    Where several positions hold the extreme, amax and amin share its gradient evenly among them. The gathered form
+    gives it to one of them, as max pooling does. Both are subgradients, with the same sum. Which form it is depends on
+    the mode: see `_gathers`.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  nested, so that TorchScript leaves it out
         if _gathers(x):
@@ -49,23 +53,27 @@ def max_min_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _gathers(x: torch.Tensor) -> bool:
-    """Return True where gradients are recorded and nothing is captured.
+    """Return True where gradients are recorded, but compiled only where channels come last.
 
-    A graph keeps to torch's own operators, amax and amin, and so does what is no plain tensor: an fx.Proxy, a DTensor.
+    A graph that leaves this process keeps to torch's own operators, amax and amin, and so does what is no plain tensor:
+    an fx.Proxy, a DTensor.
     """
-    if not _use_fused or type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not _use_fused or type(x) is not torch.Tensor or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return False
+    if torch.compiler.is_compiling() and x.stride(1) != 1:
         return False
     return torch.is_grad_enabled() and x.requires_grad
 
 
 def _gathered(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    index = _extreme_positions(x.detach())
+    index = torch.ops.timm_poolattn.extreme_positions(x.detach())
     if x.stride(1) == 1:  # channels last: the gradient gets the layout of x's others, which it is added to
         return x.permute(0, 2, 3, 1).flatten(1, 2).gather(1, index.mT).unbind(1)
     return x.flatten(2).gather(2, index).unbind(2)
 
 
-def _extreme_positions(x: torch.Tensor) -> torch.Tensor:
+@torch.library.custom_op('timm_poolattn::extreme_positions', mutates_args=())
+def extreme_positions(x: torch.Tensor) -> torch.Tensor:
     """Find the positions in H*W of the largest and smallest value of each map: x (B, C, H, W) -> int64, (B, C, 2)."""
     b, c, h, w = x.shape
     if not x.is_cpu or (x.stride(1) != 1 and x.dtype in (torch.float32, torch.float64)):
@@ -76,3 +84,14 @@ def _extreme_positions(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     found = [F.max_pool2d(y, (h, w), return_indices=True)[1] for y in (x, -x)]
     return torch.stack(found, dim=4).view(b, c, 2)
+
+
+@extreme_positions.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(*x.shape[:2], 2, dtype=torch.long)
+
+
+@extreme_positions.register_vmap
+def _(info, in_dims: tuple[int], x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    x = x.movedim(in_dims[0], 0)
+    return extreme_positions(x.flatten(0, 1)).unflatten(0, x.shape[:2]), 0
