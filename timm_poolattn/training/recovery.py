@@ -84,7 +84,7 @@ def check_optimizer(path: str | Path, name: str, optimizer: Optimizer) -> None:
     for old, new in zip(groups, new_groups, strict=bool(groups)):
         old = {**old, 'lr': old.get('initial_lr', old.get('lr'))}
         for key in (key for key in _SETTINGS if key in old and key in new):
-            if not torch.allclose(*(torch.as_tensor(group[key], dtype=torch.double) for group in (old, new)), atol=0):
+            if old[key] != new[key]:
                 raise UserError(
                     f'--resume: {key} is {new[key]}, and the optimizer in {path} keeps {old[key]}; {remedy}'
                 )
