@@ -159,7 +159,7 @@ class Record:
 
     def end(self, trained: bool) -> None:
         """Note that the run has ended; that of one with no epoch left, not `trained`, stays as it was."""
-        if not trained:
+        if not trained and self.before:
             self.facts, self.seconds_before, self.start = self.before, self.before.get('wall_time_s', 0), time.time()
         self.facts['ended'] = True
         self.write()

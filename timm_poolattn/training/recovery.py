@@ -84,7 +84,8 @@ def check_optimizer(path: str | Path, name: str, optimizer: Optimizer) -> None:
     for old, new in zip(groups, new_groups, strict=bool(groups)):
         old = {**old, 'lr': old.get('initial_lr', old.get('lr'))}
         for key in (key for key in _SETTINGS if key in old and key in new):
-            if old[key] != new[key]:
+            was, now = (tuple(v) if isinstance(v, list) else v for v in (old[key], new[key]))  # --opt-betas is a list
+            if was != now:
                 raise UserError(
                     f'--resume: {key} is {new[key]}, and the optimizer in {path} keeps {old[key]}; {remedy}'
                 )
