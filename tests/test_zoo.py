@@ -126,7 +126,10 @@ def test_what_is_left_of_a_run(zoo, tmp_path, ended, left):
     run.folder.mkdir()
     (run.folder / 'summary.csv').write_text('epoch,train_loss\n0,0.5\n1,0.4\n')
     (run.folder / 'run.json').write_text(json.dumps(dict(seed=42, **(dict(ended=True) if ended else {}))))
+    (run.folder / 'last.pth.tar').touch()
     assert [command[3] for command in run.commands(tmp_path, 'cpu')] == left
+    (run.folder / 'last.pth.tar').unlink()
+    assert [command[3] for command in run.commands(tmp_path, 'cpu')] == ['train', 'hub']
 
 
 def test_a_recipe_that_does_not_exist_is_named(zoo, tmp_path):

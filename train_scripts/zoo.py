@@ -77,7 +77,8 @@ class Run:
     def has_ended(self) -> bool:
         """Return True if train.py came to its end, which a curve does not say: its last checkpoint may be missing."""
         with suppress(OSError, ValueError):
-            return json.loads((self.folder / 'run.json').read_text()).get('ended', False)
+            ended = json.loads((self.folder / 'run.json').read_text()).get('ended', False)
+            return ended and (self.folder / 'last.pth.tar').is_file()
         return False
 
     def is_done(self) -> bool:

@@ -39,7 +39,7 @@ def save_model(
     with TemporaryDirectory() as temp:  # timm writes the weights before it refuses what config.json cannot say
         try:
             save_for_hf(
-                # which safetensors wants
+                # safetensors takes contiguous weights alone
                 copy.deepcopy(model).to(memory_format=torch.contiguous_format),
                 temp,
                 model_config=dict(label_names=list(label_names)),

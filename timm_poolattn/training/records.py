@@ -120,6 +120,7 @@ class Record:
     def __init__(self, folder: Path, resume: str, device: str, **facts: Any) -> None:
         self.path = folder / 'run.json'
         self.start = time.time()
+        self.resumes_here = bool(resume) and Path(resume).resolve().parent == folder.resolve()
         kind = torch.device(device).type
         name = {'cpu': f'{os.cpu_count()} CPU cores', 'mps': 'Apple GPU'}.get(kind, kind)
         if kind == 'cuda':
@@ -159,7 +160,7 @@ class Record:
 
     def end(self, trained: bool) -> None:
         """Note that the run has ended; that of one with no epoch left, not `trained`, stays as it was."""
-        if not trained and self.before:
+        if not trained and self.before and self.resumes_here:
             self.facts, self.seconds_before, self.start = self.before, self.before.get('wall_time_s', 0), time.time()
         self.facts['ended'] = True
         self.write()

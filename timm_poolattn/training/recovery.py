@@ -25,7 +25,7 @@ from .runs import model_weights, read_checkpoint
 _logger = logging.getLogger(__name__)
 
 #: Of an optimizer's group of parameters, what arguments of train.py set and no optimizer changes.
-_SETTINGS = ('lr', 'weight_decay', 'momentum', 'betas', 'eps', 'lr_scale')
+_SETTINGS = ('lr', 'weight_decay', 'momentum', 'betas', 'eps', 'lr_scale', 'fallback_lr_scale', 'ns_steps', 'nesterov')
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -80,7 +80,7 @@ def check_optimizer(path: str | Path, name: str, optimizer: Optimizer) -> None:
     groups, new_groups = saved.get('optimizer', {}).get('param_groups', []), optimizer.param_groups
     if groups and len(groups) != len(new_groups):
         said = f'{len(new_groups)} groups of parameters, and that in {path} has {len(groups)}'
-        raise UserError(f'--resume: the optimizer has {said}; give --weight-decay and --layer-decay as before')
+        raise UserError(f'--resume: the optimizer has {said}; {remedy}')
     for old, new in zip(groups, new_groups, strict=bool(groups)):
         old = {**old, 'lr': old.get('initial_lr', old.get('lr'))}
         for key in (key for key in _SETTINGS if key in old and key in new):
