@@ -81,10 +81,10 @@ def load_pretrained(name: str) -> nn.Module:
 
 def _check_config(model: nn.Module, name: str) -> None:
     """Refuse what a model's config says of images and classes where it cannot be."""
-    config = evaluation_config(model)
     try:
+        config = evaluation_config(model)
         channels = View.of(config).input_size[0]
-    except (UserError, TypeError) as e:
+    except (UserError, TypeError, ValueError) as e:
         raise UserError(f'{name}: its config.json: {e}') from e
     for key, least in (('mean', -math.inf), ('std', 0)):
         values = config[key]

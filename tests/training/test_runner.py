@@ -71,7 +71,7 @@ def test_spem_learns_and_logs_its_penalty(train_script, image_folder, tmp_path):
 
 def test_a_resumed_run_is_recorded(train_script, image_folder, tmp_path, caplog):
     """What is not as before is said too: a run goes on with what its command says."""
-    args = ['--model', 'resnet20_saam', '--data-dir', image_folder, *COMMON, '--output', tmp_path]
+    args = ['--model', 'resnet20_saam', '--data-dir', image_folder, *COMMON[:-2], '--output', tmp_path]
     run = lambda *more: run_train([*map(str, [*args, '--experiment', 'run', *more])], timm_script=train_script)  # noqa: E731
     folder = run('--epochs', 1)
     assert 'not as before' not in caplog.text
@@ -83,9 +83,10 @@ def test_a_resumed_run_is_recorded(train_script, image_folder, tmp_path, caplog)
     run('--resume', folder / 'last.pth.tar', '--smoothing', 0, '--drop', 0.1)  # no epoch is left
     assert json.loads((folder / 'run.json').read_text()) == record
     other_rate = ['--resume', folder / 'last.pth.tar', '--smoothing', 0, '--epochs', 3, '--lr', 0.012]
-    with pytest.raises(UserError, match=r'lr is 0\.012, and the optimizer in \S+ keeps [\d.]+; give it as before, or'):
-        run(*other_rate)
+    with pytest.raises(UserError, match=r'--lr is 0\.012, and \S+ is of [\d.]+; give it as before, or'):
+        run(*other_rate, '--data-dir', 'nowhere')  # said before any image is read
     for option, value, said in (
+        ('--batch-size', 4, r'lr is [\d.]+ \(of --lr, or --lr-base and the batch size\)'),
         ('--weight-decay', 0.3, 'weight_decay is 0.3'),
         ('--momentum', 0.5, 'momentum is 0.5'),
         ('--opt', 'adamw', '--opt is adamw'),

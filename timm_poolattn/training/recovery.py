@@ -26,6 +26,7 @@ _logger = logging.getLogger(__name__)
 
 #: Of an optimizer's group of parameters, what arguments of train.py set and no optimizer changes.
 _SETTINGS = ('lr', 'weight_decay', 'momentum', 'betas', 'eps', 'lr_scale', 'fallback_lr_scale', 'ns_steps', 'nesterov')
+_REMEDY = 'give it as before, or add --no-resume-opt'
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -62,32 +63,47 @@ def check_checkpoint(path: str | Path, model: nn.Module | None = None) -> None:
             )
 
 
-def check_optimizer(path: str | Path, name: str, optimizer: Optimizer) -> None:
+def check_rate(path: str | Path, opt: str, lr: float | None) -> None:
+    """Refuse, before any image is read, a checkpoint of another optimizer or learning rate.
+
+    Args:
+        path: given by --resume.
+        opt: as --opt has it.
+        lr: as --lr has it; None where --lr-base and the batch size say it, see `check_optimizer`.
+
+    Raises:
+        UserError: one of them differs.
+    """
+    args = read_checkpoint(path).get('args')
+    old_opt, old_lr = getattr(args, 'opt', opt), getattr(args, 'lr', lr)
+    if opt.lower() != old_opt.lower():
+        raise UserError(f'--resume: --opt is {opt}, and {path} is of {old_opt}; {_REMEDY}')
+    if lr is not None and lr != old_lr:
+        raise UserError(f'--resume: --lr is {lr}, and {path} is of {old_lr}; {_REMEDY}')
+
+
+def check_optimizer(path: str | Path, optimizer: Optimizer) -> None:
     """Refuse a checkpoint whose optimizer has other settings: it keeps them, whatever a resumed run's command says.
 
     Args:
         path: given by --resume.
-        name: of the optimizer, as --opt has it.
         optimizer: of the resumed run, new.
 
     Raises:
-        UserError: another optimizer, or one of `_SETTINGS` differs.
+        UserError: one of `_SETTINGS` differs.
     """
-    saved, remedy = read_checkpoint(path), 'give it as before, or add --no-resume-opt'
-    opt = getattr(saved.get('args'), 'opt', name).lower()
-    if opt != name.lower():
-        raise UserError(f'--resume: --opt is {name}, and {path} is of {opt}; {remedy}')
-    groups, new_groups = saved.get('optimizer', {}).get('param_groups', []), optimizer.param_groups
+    groups, new_groups = read_checkpoint(path).get('optimizer', {}).get('param_groups', []), optimizer.param_groups
     if groups and len(groups) != len(new_groups):
         said = f'{len(new_groups)} groups of parameters, and that in {path} has {len(groups)}'
-        raise UserError(f'--resume: the optimizer has {said}; {remedy}')
+        raise UserError(f'--resume: the optimizer has {said}; {_REMEDY}')
     for old, new in zip(groups, new_groups, strict=bool(groups)):
         old = {**old, 'lr': old.get('initial_lr', old.get('lr'))}
         for key in (key for key in _SETTINGS if key in old and key in new):
             was, now = (tuple(v) if isinstance(v, list) else v for v in (old[key], new[key]))  # --opt-betas is a list
             if was != now:
+                why = ' (of --lr, or --lr-base and the batch size)' if key == 'lr' else ''
                 raise UserError(
-                    f'--resume: {key} is {new[key]}, and the optimizer in {path} keeps {old[key]}; {remedy}'
+                    f'--resume: {key} is {new[key]}{why}, and the optimizer in {path} keeps {old[key]}; {_REMEDY}'
                 )
 
 

@@ -31,7 +31,7 @@ from ..utils import UserError, look_up
 from .arguments import CROP_AND_COLOUR, check_arguments, parse_arguments, read_pretrained_cfg
 from .penalty import PenaltyMixin, with_penalty
 from .records import Record, new_folder, own_folder
-from .recovery import Guard, check_checkpoint, check_optimizer, newest_checkpoint
+from .recovery import Guard, check_checkpoint, check_optimizer, check_rate, newest_checkpoint
 from .runs import read_curve
 from .teachers import soft_targets, weight_hashes
 from .timm_script import find_train_script, load_train_script
@@ -114,6 +114,8 @@ def train(
                 ' train from the start, or with another --sched'
             )
         check_checkpoint(args.resume)
+        if not args.no_resume_opt:
+            check_rate(args.resume, args.opt, args.lr)
     resident = resident and _can_be_resident(args, parsed.given)
     if crop_padding is not None and not resident:
         raise UserError("--crop-padding is the resident loader's; leave it out, or what wants timm's own loader")
@@ -168,7 +170,8 @@ def train(
             # of a loader's worker, with its traceback before it
             raise UserError(str(e).strip().splitlines()[-1].partition(': ')[2]) from e
         except Exception as e:  # of timm's and torch's own kinds
-            if isinstance(e, torch.OutOfMemoryError | MemoryError) or 'allocate memory' in str(e):  # torch's on a CPU
+            short = isinstance(e, RuntimeError) and 'allocate memory' in str(e)  # torch's on a CPU
+            if short or isinstance(e, torch.OutOfMemoryError | MemoryError):
                 images = ', or --no-resident, which reads images one by one' if resident and not guard.started else ''
                 said = f'--batch-size {args.batch_size}: {args.device} has not the memory; give less{images}'
                 raise UserError(said) from e
@@ -346,7 +349,7 @@ def _create_optimizer(
     if not isinstance(inner, torch.optim.SGD | SGDW | SGDP):
         tasks[-1].decouple(inner)
     if args.resume and not args.no_resume_opt:
-        check_optimizer(args.resume, args.opt, optimizer)
+        check_optimizer(args.resume, optimizer)
     return optimizer
 
 
