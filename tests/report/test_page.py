@@ -175,6 +175,15 @@ class TestRows:
         with pytest.raises(UserError, match='0 of 1 epochs'):
             write_report(tmp_path / 'report.md', results=folders)
 
+    def test_a_run_of_no_row_is_said(self, some_runs, tmp_path, caplog):
+        for model in ('resnet20_saam', 'resnet20_bottleneck'):
+            file = tmp_path / f'{model}.json'
+            file.write_text(json.dumps({**some_runs[1], 'model': model}))
+            write_report(tmp_path / 'report.md', results=[file])
+        assert [record.getMessage() for record in caplog.records] == [
+            f'{file}: its model is in no table of the papers, so the report leaves it out'
+        ]
+
     def test_other_classes_are_another_network(self, some_runs):
         run = some_runs[1]
         photos = {**run, 'arguments': {**run['arguments'], 'num_classes': 2}}

@@ -1,6 +1,7 @@
 """The report: all rows as one page that needs no network, or as Markdown."""
 
 import json
+import logging
 import os
 import platform
 from collections import defaultdict
@@ -14,10 +15,13 @@ import jinja2
 import timm
 import torch
 
+from ..papers import model_args, table_rows
 from ..utils import MissingFileError, UserError, released, write_text
 from ..version import __version__
-from .results import with_results
-from .rows import report_rows, training_rate
+from .results import read_results, with_results
+from .rows import report_rows, results_of, training_rate
+
+_logger = logging.getLogger(__name__)
 
 
 def write_report(path: str | Path, benchmark: str | Path | None = None, results: Sequence[str | Path] = ()) -> Path:
@@ -26,7 +30,8 @@ def write_report(path: str | Path, benchmark: str | Path | None = None, results:
     Args:
         path: a .html file for the page, or .md for Markdown tables.
         benchmark: a file with what `poolattn bench models --json` printed.
-        results: release folders, run folders or results files, besides those that the package has.
+        results: release folders, run folders or results files, besides those that the package has. One of a model
+            that no row has is left out, with a warning.
 
     Raises:
         MissingFileError: no such `benchmark` or results.
@@ -37,6 +42,9 @@ def write_report(path: str | Path, benchmark: str | Path | None = None, results:
     if path.suffix not in ('.html', '.md'):
         raise UserError(f'{path}: a report is .html or .md')
     known = with_results(results)
+    for source in results:
+        if not any(results_of(model_args(row), [read_results(source)]) for row in table_rows()):
+            _logger.warning(f'{source}: its model is in no table of the papers, so the report leaves it out')
     rows = report_rows(known, read_benchmark(benchmark) if benchmark else None)
     _, hardware = training_rate(known)
     write_text(path, markdown_report(rows) if path.suffix == '.md' else _page(rows, path.parent, hardware))
