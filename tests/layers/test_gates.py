@@ -141,9 +141,10 @@ def test_saams_convolution_gets_the_layout_that_is_fast():
     gate, strides = SAAM(16), []
     gate.conv.register_forward_pre_hook(lambda module, args: strides.append(args[0].stride()))
     x = torch.randn(2, 16, 6, 5)
-    gate(x)
-    torch.export.export(gate, (x,))
-    assert strides == [(30, 1, 5, 1), (30, 30, 5, 1)]
+    for given in (x.clone().requires_grad_(), x):  # with and without a gradient
+        gate(given)
+    torch.export.export(gate, (x.clone().requires_grad_(),))
+    assert strides == [(30, 1, 5, 1), (30, 30, 5, 1), (30, 30, 5, 1)]
 
 
 @pytest.mark.parametrize('name', GATES)
@@ -151,7 +152,8 @@ def test_script_and_fx(name):
     gate = create_gate(name, 16).eval()
     x = torch.randn(2, 16, 6, 5)
     torch.testing.assert_close(torch.jit.script(gate)(x), gate(x))
-    torch.testing.assert_close(torch.fx.symbolic_trace(gate)(x), gate(x))
+    # to the last bit: what is left is much in a deep network of random weights
+    torch.testing.assert_close(torch.fx.symbolic_trace(gate)(x), gate(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('name', [name for name in OURS if name != 'eca'])  # which has no parameter of a channel

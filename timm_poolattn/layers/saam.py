@@ -86,11 +86,14 @@ def _as_channels_last(u: torch.Tensor) -> torch.Tensor:
     """Give u (B, 1, H, W) the strides of channels last: with one channel both layouts are the same in memory.
 
     Where they say contiguous, oneDNN takes 16 times as long for the gradient of the convolution's input (11.6 and
-    0.7 ms, float32, 64 maps of 32 x 32, one thread). Compiled, u stays as it is: inductor gains nothing by it and fails
-    on it where sides are dynamic. So it does where it is traced or exported, and where it is no plain tensor: an
+    0.7 ms, float32, 64 maps of 32 x 32, one thread). So u stays as it is where no gradient is wanted, which also keeps
+    what FX traces equal to the last bit. Compiled, inductor gains nothing by the strides and fails on them where sides
+    are dynamic, so u stays as it is there too, where it is traced or exported, and where it is no plain tensor: an
     fx.Proxy, a DTensor. A scripted gate has the strides on any device.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102  nested, so that TorchScript leaves it out
-        if type(u) is not torch.Tensor or not u.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not torch.jit.is_scripting():  # nested, so that TorchScript leaves it out
+        if type(u) is not torch.Tensor or not u.is_cpu or not u.requires_grad:
+            return u
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return u
     return u.squeeze(1).unsqueeze(3).permute(0, 3, 1, 2)
