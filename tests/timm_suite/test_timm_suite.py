@@ -64,5 +64,5 @@ def test_small_and_middle_sized(suite):
 @pytest.mark.slow
 @pytest.mark.timeout(14400)
 def test_all(suite):
-    """An hour or more on two cores."""
+    """About half an hour on two cores."""
     run(suite, ALL, 14400, '-n', str(os.cpu_count()))
