@@ -146,6 +146,18 @@ def test_mixup_of_an_odd_batch():
         next(iter(loader(dataset(n=1), mixup=fn)))
 
 
+def test_without_a_compiler_batches_are_the_same(caplog):
+    def no_compiler(graph, inputs):
+        raise RuntimeError('Failed to find C compiler')
+
+    batches = loader()
+    batches._compiled = torch.compile(batches._gather, backend=no_compiler)  # as on CUDA
+    for (input, target), (plain, same) in zip(batches, loader(), strict=True):
+        assert input.equal(plain) and target.equal(same)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == 'timm_poolattn.data.loader']
+    assert said.startswith('the loader runs without torch.compile, slower: ') and 'Failed to find C compiler' in said
+
+
 def test_larger_images():
     """Random crops of the images as they are in training, the centre in evaluation."""
     images = torch.arange(12).view(1, 1, 12, 1).expand(30, 12, 12, 3) + 20 * torch.arange(12).view(1, 12, 1, 1)

@@ -1,5 +1,6 @@
 """A loader for data that fits on the training device: whole batches are sampled and augmented there."""
 
+import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 
 from ..utils import UserError
 from .images import ImageData
+
+_logger = logging.getLogger(__name__)
 
 
 class ResidentDataset:
@@ -101,7 +104,8 @@ class ResidentLoader:
     set's seed and epoch alone: the same on any device, and each of `world_size` ranks sees its share of the same epoch.
 
     A crop is one window of an image, and a flip a window of its mirrored copy, which is held too: so a batch is one
-    gather of windows of uint8 and one pass that normalises it. On CUDA torch.compile makes them one kernel.
+    gather of windows of uint8 and one pass that normalises it. On CUDA torch.compile makes them one kernel, where it
+    finds what it needs: a C compiler, and Triton, which torch has on Linux.
 
     input: (B, C, H, W) of `img_dtype`, channels_last in memory; target: (B,) int64, or (B, classes)
     of soft targets or after `mixup`.
@@ -186,7 +190,7 @@ class ResidentLoader:
             255 * torch.tensor(s, dtype=torch.float32, device=self.device).repeat(size[0] * size[1])
             for s in (mean, std)
         )
-        self._batch = torch.compile(self._gather) if self.device.type == 'cuda' and is_training else self._gather
+        self._compiled = torch.compile(self._gather) if self.device.type == 'cuda' and is_training else None
 
     @property
     def mixup_enabled(self) -> bool:
@@ -228,7 +232,7 @@ class ResidentLoader:
         targets = self.targets[mine.to(self.device)]
         for i in range(len(self)):
             batch = slice(i * self.batch_size, (i + 1) * self.batch_size)
-            input, target = self._batch(*(t[batch] for t in draws)), targets[batch]
+            input, target = self._load(*(t[batch] for t in draws)), targets[batch]
             if self.mixup is not None:  # soft targets also where it is not enabled, as timm's
                 even = len(target) // 2 * 2  # timm's mixup pairs images; only a last batch can be odd
                 if not even:
@@ -236,6 +240,17 @@ class ResidentLoader:
                 # not FastCollateMixup's own, which is for batches that are yet to be collated
                 input, target = Mixup.__call__(self.mixup, input[:even], target[:even])
             yield input, target
+
+    def _load(self, *draws: torch.Tensor) -> torch.Tensor:
+        if self._compiled:
+            try:
+                return self._compiled(*draws)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as e:  # torch.compile's own kinds are of it
+                _logger.warning(f'the loader runs without torch.compile, slower: {" ".join(str(e).split())[:200]}')
+                self._compiled = None
+        return self._gather(*draws)
 
     def _gather(self, window: torch.Tensor, top: torch.Tensor, left: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         input = self.windows[window, top, left]
