@@ -25,8 +25,9 @@ from timm_poolattn.utils import MissingFileError, UserError
 class TestTimer:
     def test_contenders_take_turns_after_a_warm_up(self):
         calls = []
-        seconds = time_in_turns({name: lambda name=name: calls.append(name) for name in 'ab'}, repeats=3)
-        assert calls == ['a', 'b'] * 4
+        contenders = {name: lambda name=name: calls.append(name) for name in 'ab'}
+        seconds = time_in_turns(contenders, repeats=3, warm_up=2)
+        assert calls == ['a', 'b'] * 5
         assert {name: len(times) for name, times in seconds.items()} == dict(a=3, b=3)
         assert all(t >= 0 for times in seconds.values() for t in times)
 

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import timm_poolattn
+from timm_poolattn.layers import GATES
 
 opacus = pytest.importorskip('opacus')
 
@@ -33,7 +34,7 @@ def create(gate, inserted):
 
 
 @pytest.mark.parametrize('inserted', [False, True])
-@pytest.mark.parametrize('gate', ['', 'se', 'spem', 'saam', 'saam2', 'fa', 'cbam', 'sge', 'eca'])
+@pytest.mark.parametrize('gate', ['', *(gate for gate in GATES if gate != 'srm'), 'fa'])
 def test_resnet(gate, inserted):
     """Those of each sample by itself. SRM normalises over the batch one number a channel, so that it has none."""
     if inserted and not gate:

@@ -4,12 +4,14 @@ import pytest
 import timm
 import torch
 
+from timm_poolattn.layers import GATES
+
 pytestmark = pytest.mark.compat
 tp = pytest.importorskip('torch_pruning')
 
 
 # not SGE: torch-pruning finds no end among its groups
-@pytest.mark.parametrize('gate', ['', '_se', '_spem', '_saam', '_saam4', '_fa', '_cbam', '_srm', '_eca'])
+@pytest.mark.parametrize('gate', ['', *(f'_{gate}' for gate in (*GATES, 'fa', 'fase') if gate != 'sge')])
 def test_resnet20(gate):
     _prune(timm.create_model(f'resnet20{gate}'))
 

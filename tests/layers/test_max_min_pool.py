@@ -40,7 +40,7 @@ def test_values_and_gradients_are_those_of_amax_and_amin(layout, size, dtype):
     results = []
     for fuse in (True, False):
         set_fused_pool(fuse)
-        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        leaf = x.detach().requires_grad_()
         f_max, f_min = max_min_pool(leaf)
         (2 * f_max - 3 * f_min).sum().backward()
         assert f_max.dtype == f_min.dtype == leaf.grad.dtype == dtype
@@ -104,7 +104,11 @@ def test_compiled_it_gathers_where_channels_come_last(layout, gathers):
 def test_operator(layout, dtype):
     for shape in ((2, 3, 4, 5), (1, 1, 1, 1), (0, 3, 4, 5)):
         x = LAYOUTS[layout](torch.randn(shape, dtype=dtype))
-        torch.library.opcheck(torch.ops.timm_poolattn.extreme_positions, (x,))
+        operator = torch.ops.timm_poolattn.extreme_positions
+        torch.library.opcheck(operator, (x,))
+        many = torch.stack([x, x.flip(2, 3)], dim=2)
+        alone = torch.stack([operator(x), operator(x.flip(2, 3))])
+        assert vmap(operator, in_dims=2)(many).equal(alone)
 
 
 def test_empty_batch_and_nan(fused):

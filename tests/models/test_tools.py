@@ -24,16 +24,14 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import timm_poolattn
 from timm_poolattn.data import load_images
-from timm_poolattn.layers import CBAM, ECA, SAAM, SGE, SPEM, SRM, FocusAssociation
+from timm_poolattn.layers import CBAM, ECA, GATES, SAAM, SGE, SPEM, SRM, FocusAssociation
 from timm_poolattn.models._stage import Stage
 from timm_poolattn.models.cifar_vgg import VggBlock
 from timm_poolattn.utils import UserError
 
 from ..test_readmes import ROOT, blocks
 
-# resnet20_fase and _se2 are of timm's own layers: a tool that failed on them would not be ours to mend
-NAMES = ['resnet20', 'resnet20_saam', 'resnet20_spem', 'resnet20_fa', 'resnet20_cbam', 'resnet20_sge', 'resnet20_srm']
-NAMES += ['resnet20_eca', 'resnet20_fase', 'resnet20_se2']
+NAMES = ['resnet20', *(f'resnet20_{gate}' for gate in (*GATES, 'fa', 'fase'))]
 GATED = [name for name in NAMES if name != 'resnet20']
 X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 OURS = (SPEM, SAAM, CBAM, ECA, SGE, SRM, FocusAssociation)
@@ -208,7 +206,7 @@ def test_patched_norms(name):
 
 
 @pytest.mark.parametrize('compiled', [False, True])
-@pytest.mark.parametrize('name', ['resnet20', 'resnet20_saam', 'resnet20_spem', 'resnet20_fa'])
+@pytest.mark.parametrize('name', ['resnet20', 'resnet20_saam', 'resnet20_spem', 'resnet20_fa', 'resnet20_srm'])
 def test_statistics_that_are_not_tracked_stay(name, compiled):
     model = timm.create_model(name, depth=8)
     for m in model.modules():
@@ -398,7 +396,7 @@ def trained(name):
     return model.eval()
 
 
-@pytest.mark.parametrize('name', ['resnet20', 'resnet20_saam', 'resnet20_spem', 'resnet20_fa', 'resnet20_cbam'])
+@pytest.mark.parametrize('name', NAMES)
 def test_fx_quantisation(name):
     """Post-training, static, every convolution and linear layer int8; the answers stay near the float model's."""
     model = trained(name)
@@ -437,7 +435,7 @@ def test_int8_accuracy(name, cifar10_mini):
     assert len(target) == 1000 and top1[0] > 88 and top1[1] > top1[0] - 2
 
 
-@pytest.mark.parametrize('name', ['resnet20', 'resnet20_saam', 'resnet20_spem', 'resnet20_fa', 'resnet20_cbam'])
+@pytest.mark.parametrize('name', NAMES)
 def test_eager_quantisation_aware_training(name):
     """Every convolution and linear layer, the score convolution too, is observed and trained."""
     model = timm.create_model(name).train()

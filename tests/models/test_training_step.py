@@ -100,8 +100,8 @@ def network_by_equations(name: str | None, model: CifarResNet, images: torch.Ten
     return x.sum((2, 3)) / (x.shape[2] * x.shape[3]) @ model.head.fc.weight.T + model.head.fc.bias
 
 
-def assert_same_step(module: nn.Module, reference: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
-    """Loss, output and every gradient, in float64 to 1e-6."""
+def assert_same_step(module: nn.Module, reference: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> bool:
+    """Loss, output and every gradient, in float64 to 1e-6; is any gradient other than 0 for every parameter?"""
     for parameter in module.parameters():
         if parameter.ndim == 1 or not parameter.any():
             nn.init.normal_(parameter, std=0.5)  # away from the start, where half of the terms vanish
@@ -113,6 +113,7 @@ def assert_same_step(module: nn.Module, reference: Callable[[torch.Tensor], torc
         loss = (output * weights).square().mean()
         steps.append([loss, output, *torch.autograd.grad(loss, [x, *module.parameters()])])
     torch.testing.assert_close(*steps, rtol=1e-6, atol=1e-6)
+    return all(gradient.any() for gradient in steps[0][2:])
 
 
 # the gates by name, and the forms of them that networks have in their place
@@ -123,23 +124,28 @@ FORMS = [(name, None) for name in ALL_GATES] + [(name, f) for f, flavour in FLAV
 @pytest.mark.parametrize('block_cls', [BasicBlock, Bottleneck])
 @pytest.mark.parametrize('name, flavour', FORMS)
 def test_one_step_of_a_stage_is_the_equations(name, flavour, block_cls, layout):
-    """Three blocks of 16 channels, where FA has a gate of each kind."""
+    """Three blocks of 64 channels, where FA has a gate of each kind."""
     dd = dict(dtype=torch.double)
     channel_gate = {'fa': None, 'fase': 'se'}.get(name, name)
     make_gate = FLAVOURS[flavour].gates[name] if flavour else partial(create_gate, channel_gate)
-    blocks = [
-        block_cls(
-            16,
-            16 // block_cls.expansion,
-            gate=make_gate(16, **dd) if channel_gate else None,
-            fa=FocusAssociation(16, i, **dd) if name in ('fa', 'fase') and i else None,
-            **dd,
-        )
-        for i in range(3)
-    ]
-    stage = Stage(blocks).train()
-    x = torch.randn(3, 16, 5, 4, **dd).to(memory_format=layout)
-    assert_same_step(stage, lambda x: stage_by_equations(name, stage, x, []), x)
+
+    def has_every_gradient() -> bool:
+        blocks = [
+            block_cls(
+                64,
+                64 // block_cls.expansion,
+                gate=make_gate(64, **dd) if channel_gate else None,
+                fa=FocusAssociation(64, i, **dd) if name in ('fa', 'fase') and i else None,
+                **dd,
+            )
+            for i in range(3)
+        ]
+        stage = Stage(blocks).train()
+        x = torch.randn(3, 64, 5, 4, **dd).to(memory_format=layout)
+        return assert_same_step(stage, lambda x: stage_by_equations(name, stage, x, []), x)
+
+    # a gate of few hidden units may be dead where it starts: then the gradients of both are 0
+    assert any(has_every_gradient() for _ in range(20))
 
 
 @pytest.mark.parametrize('block', ['basic', 'bottleneck'])
@@ -148,7 +154,7 @@ def test_one_step_of_a_network_is_the_equations(name, block):
     """Shortcuts of both kinds, gates of stages, and gradients through the k of earlier stages."""
     model = network(name, torch.double, block).train()
     images = torch.randn(3, 3, 8, 8, dtype=torch.double)
-    assert_same_step(model, lambda x: network_by_equations(name, model, x), images)
+    assert assert_same_step(model, lambda x: network_by_equations(name, model, x), images)
 
 
 def network(name: str | None, dtype: torch.dtype = torch.float32, block: str = 'basic') -> CifarResNet:
@@ -228,7 +234,7 @@ def test_three_compiled_steps_are_finite(name, block, backend, layout, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize('layout', LAYOUTS)
 # not se, se2 (timm's) and eca: torch 2.14's inductor gets strides wrong at their second size, where contiguous
-@pytest.mark.parametrize('name', ['spem', 'saam', 'saam2', 'cbam', 'sge', 'srm', 'fa'])
+@pytest.mark.parametrize('name', ['spem', 'saam', 'saam2', 'saam4', 'cbam', 'sge', 'srm', 'fa'])
 def test_inductor_with_dynamic_sides(name, layout):
     """Images of any size by one compiled step, which aot_eager never lowers."""
     gate = FocusAssociation(16, 1) if name == 'fa' else create_gate(name, 16).to(memory_format=LAYOUTS[layout])

@@ -71,7 +71,7 @@ def bench_gates(
         compile: measure each gate compiled, too.
         batch_size: maps at once.
         device: where the gates run.
-        repeats: turns.
+        repeats: turns; as many come before, which do not count.
 
     Returns:
         What was measured where, and `rows`, for each gate, size, layout, dtype and `mode` (eager or compiled):
@@ -121,7 +121,7 @@ def bench_gates(
 
         runs = {'forward': forward, 'training': training}
         timed = {
-            kind: time_in_turns({key: lambda m=m, run=run: run(m) for key, m in modules.items()}, repeats)
+            kind: time_in_turns({key: lambda m=m, run=run: run(m) for key, m in modules.items()}, repeats, repeats)
             for kind, run in runs.items()
         }
         for (gate, mode), module in modules.items():

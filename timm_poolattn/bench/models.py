@@ -57,7 +57,7 @@ def bench_models(
         reparameterize: measure inference with `timm.utils.reparameterize_model`, too.
         batch_size: images at once.
         device: where the models run.
-        repeats: turns.
+        repeats: turns; as many come before, which do not count.
         spem_authors: a checkout of github.com/Qrange-group/SPEM. Its ResNet-164 runs, eager and contiguous as it is
             published, beside resnet164_spem.
 
@@ -153,7 +153,7 @@ def _measure(
         output(module.eval())
 
     def timed(run: Callable[[nn.Module], None], of: dict[Any, nn.Module]) -> dict[Any, list[float]]:
-        return time_in_turns({key: lambda module=module: run(module) for key, module in of.items()}, repeats)
+        return time_in_turns({key: lambda module=module: run(module) for key, module in of.items()}, repeats, repeats)
 
     seconds = dict(inference=timed(inference, modules | folded), training=timed(training, modules))
     peaks = {key: peak_bytes(lambda module=module: training(module), device) for key, module in modules.items()}

@@ -9,21 +9,23 @@ from torch.utils.benchmark import timer
 Key = TypeVar('Key')
 
 
-def time_in_turns(contenders: dict[Key, Callable[[], Any]], repeats: int) -> dict[Key, list[float]]:
+def time_in_turns(contenders: dict[Key, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[Key, list[float]]:
     """Return seconds of each contender in each of `repeats` turns.
 
-    Contenders take turns, so that what else the machine does meets all of them alike. Each runs once before, to warm
-    up and to compile. The clock waits for a GPU.
+    Contenders take turns, so that what else the machine does meets all of them alike. The clock waits for a GPU.
+
+    Args:
+        contenders: what to run, by its name.
+        repeats: turns.
+        warm_up: turns before, which do not count: they compile, and a process's first steps are slower than later ones.
     """
-    for run in contenders.values():
-        run()
     seconds: dict[Key, list[float]] = {key: [] for key in contenders}
-    for _ in range(repeats):
+    for _ in range(warm_up + repeats):
         for key, run in contenders.items():
             start = timer()
             run()
             seconds[key].append(timer() - start)
-    return seconds
+    return {key: times[warm_up:] for key, times in seconds.items()}
 
 
 def median_ratio(seconds: list[float], reference: list[float]) -> float:

@@ -55,8 +55,8 @@ def max_min_pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _gathers(x: torch.Tensor) -> bool:
     """Return True where gradients are recorded, but compiled only where channels come last.
 
-    A graph that leaves this process keeps to torch's own operators, amax and amin, and so does what is no plain tensor:
-    an fx.Proxy, a DTensor.
+    What torch.export and TorchScript capture keeps to torch's own operators, amax and amin, and so does what is no
+    plain tensor: an fx.Proxy, a DTensor.
     """
     if not _use_fused or type(x) is not torch.Tensor or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
