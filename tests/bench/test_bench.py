@@ -105,7 +105,7 @@ def test_train():
 
 def test_models():
     result = bench_models(['resnet20_saam'], dtypes=['float32', 'bfloat16'], batch_size=2, repeats=1)
-    assert describe_machine('cpu').items() <= result.items() and result['batch_size'] == 2
+    assert describe_machine('cpu').items() <= result.items() and result['batch_size'] == 2 and result['fused_pool']
     cases = [(row['layout'], row['dtype'], row['model'], row['mode']) for row in result['rows']]
     assert cases == [
         (layout, dtype, model, 'eager')

@@ -13,6 +13,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn import functional as F
 
+from ..layers import use_fused_pool
 from ..utils import MissingFileError, UserError, look_up, progress
 from .backbones import plain_args
 from .machine import LAYOUTS, describe_machine
@@ -108,7 +109,8 @@ def bench_models(
             rows += measured
             bar.update()
     bar.close()
-    return dict(**describe_machine(device), batch_size=batch_size, repeats=repeats, rows=rows)
+    facts = dict(batch_size=batch_size, repeats=repeats, fused_pool=use_fused_pool())
+    return dict(**describe_machine(device), **facts, rows=rows)
 
 
 def _measure(

@@ -53,8 +53,8 @@ def benchmark_files(kind: str) -> list[dict[str, Any]]:
 
 
 def _conditions(result: dict[str, Any]) -> str:
-    facts = ('batch_size', 'repeats', 'torch', 'timm', 'timm_poolattn', 'date')
-    known = ', '.join(f'{fact.replace("_", " ")} {result[fact]}' for fact in facts)
+    facts = ('batch_size', 'repeats', 'fused_pool', 'torch', 'timm', 'timm_poolattn', 'date')
+    known = ', '.join(f'{fact.replace("_", " ")} {result[fact]}' for fact in facts if fact in result)
     return f'{result["machine"]}, {result["threads"]} thread{"s" * (result["threads"] != 1)}, {known}'
 
 
