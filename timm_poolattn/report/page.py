@@ -43,7 +43,8 @@ def write_report(path: str | Path, benchmark: str | Path | None = None, results:
         raise UserError(f'{path}: a report is .html or .md')
     known = with_results(results)
     for source in results:
-        if not any(results_of(model_args(row), [read_results(source)]) for row in table_rows()):
+        result = read_results(source)
+        if not any(results_of(model_args(row), [result]) for row in table_rows()):
             _logger.warning(f'{source}: its model is in no table of the papers, so the report leaves it out')
     rows = report_rows(known, read_benchmark(benchmark) if benchmark else None)
     _, hardware = training_rate(known)
