@@ -87,16 +87,30 @@ def test_tiny_imagenet_form():
     assert [info['reduction'] for info in model.feature_info] == [2, 4, 8]
 
 
-def test_k_is_known_before_its_block_runs():
-    """k_i depends on X_i and earlier k only (Eq. 2), never on U_i."""
-    model = timm.create_model('resnet20_fa').eval()
-    order = []
+def entered(model: nn.Module, size: int = 32) -> list[str]:
+    """Names of modules, in order of their first call."""
+    order: dict[str, None] = {}
     for name, module in model.named_modules():
-        if name.endswith(('.fa', '.conv1')):
-            module.register_forward_hook(lambda *_, name=name: order.append(name))
-    model(torch.randn(1, 3, 32, 32))
-    assert order.index('stages.1.fa') < order.index('stages.1.blocks.0.conv1')
-    assert order.index('stages.1.blocks.2.fa') < order.index('stages.1.blocks.2.conv1')
+        module.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
+    model.eval()(torch.randn(1, 3, size, size))
+    return list(order)
+
+
+def test_k_is_known_before_its_block_runs():
+    """k_i depends on X_i and earlier k only (Eq. 2), never on U_i: where a block may be skipped, it comes first."""
+    model = timm.create_model('resnet20_fa')
+    model.set_skip_threshold(1e-9)
+    order = entered(model)
+    assert order.index('stages.1.fa') < order.index('stages.1.blocks.0')
+    assert order.index('stages.1.blocks.2.fa') < order.index('stages.1.blocks.2')
+
+
+@pytest.mark.parametrize('name', ['resnet20_fa', 'resnet20_fase', 'resnext29_fa', 'vgg19_fa', 'inception_v4_fa'])
+def test_a_module_is_called_before_its_children(name):
+    """torchinfo counts the parameters of a child twice that runs first."""
+    order = {name: i for i, name in enumerate(entered(timm.create_model(name)))}
+    parents = {name: '.'.join(name.split('.')[:-1]) for name in order if name}
+    assert len(order) > 50 and all(order[parent] < order[name] for name, parent in parents.items() if parent in order)
 
 
 def test_fa_wiring():

@@ -148,20 +148,25 @@ class Stage(nn.Module):
     def run_blocks(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         """Return U of the stage."""
         ks: list[torch.Tensor] = []
+        skips = self.skip_threshold > 0 and not self.training
         for i, block in enumerate(self.blocks):
-            gated = False
+            skipped = False
             if self.has_fa:  # noqa: SIM102  nested, so that TorchScript leaves it out
-                if block.fa is not None:
-                    gated = True
-                    ks = ks + [block.fa(x, ks)]  # a new list: what checkpoints the gate calls it again, later
-            if gated and self.skip_threshold > 0 and not self.training:
-                x = self._run_block_unskipped(i, x, ks[-1])
-            else:
+                if skips and block.fa is not None:
+                    skipped = True
+                    ks = ks + [block.fa(x, ks)]
+                    x = self._run_block_unskipped(i, x, ks[-1])
+            if not skipped:
                 if self.grad_checkpointing and not torch.jit.is_scripting():
                     u = checkpoint(block, x) if i else checkpoint(block, x, shortcut)
                 else:
                     u = block(x) if i else block(x, shortcut)
-                x = fa_weight(x, u, ks[-1]) if gated else u
+                if self.has_fa:  # noqa: SIM102
+                    # after the block, whose child it is: torchinfo counts a child twice that runs before its parent
+                    if block.fa is not None:
+                        ks = ks + [block.fa(x, ks)]  # a new list: what checkpoints the gate calls it again, later
+                        u = fa_weight(x, u, ks[-1])
+                x = u
         return x
 
     @torch.jit.unused  # a scripted model raises here
