@@ -1,20 +1,14 @@
-"""Global max and min pooling, Eq. 1 of the SPEM paper: one form where gradients are recorded, one for all else.
+"""Global max and min pooling, Eq. 1 of the SPEM paper: by one form where gradients are recorded, by amax and amin else.
 
 Autograd's formula for amax compares the whole map with its maximum and counts the ties, in several passes. For it
 the positions of the extremes are found first, by an operator that has no gradient, and the values are gathered there:
 the gradient goes to those positions alone, by torch's own formulas in every mode of autodiff. Compiled, where channels
 do not come last, the passes of amax's formula fuse and the operator is the slower one, so amax and amin stay.
 
-What it gains, as the time of a training step over that of the plain network, gathered and with amax and amin, channels
-last. On an AMD EPYC with AVX-512 and its bfloat16 instructions, in turns (`poolattn bench models`): resnet164 compiled
-in bfloat16 1.35 and 1.50; resnet20 eager 1.27 to 1.45 and 1.66 to 1.72 in float32, 1.24 to 1.29 and 1.82 to 1.84 in
-bfloat16, and compiled nothing (1.05 to 1.13 and 1.10 to 1.14 in float32, 1.17 to 1.19 and 1.18 in bfloat16). With AVX2
-alone, in float32 (resnet83 at depth 29, one thread): 1.15 and 1.41 compiled, 1.24 and 1.68 eager, and 1.28 and 1.44
-eager, contiguous. An Intel Xeon with AMX gains nothing compiled (1.28 and 1.30, in bfloat16 1.39 and 1.37). Compiled
-and contiguous it would cost: 1.47 and 1.36, in bfloat16 1.41 and 1.27 (at depth 11). No GPU was measured.
-
-Its lines as a plain function would do in every mode, and eager steps be slower: 1.80 in place of 1.68 (resnet164,
-bfloat16, on the first of these CPUs).
+What it gains, as the time of a training step over that of the plain network, of resnet164_spem with channels last on
+two cores with avx512_bf16, with it and with amax and amin: 1.35 and 1.50 compiled in bfloat16, 1.21 and 1.19 compiled
+in float32, 1.75 and 2.34 eager in bfloat16, 1.36 and 2.05 eager in float32 (`poolattn bench models`, by the tables in
+bench/README.md). No GPU was measured.
 """
 
 import os
