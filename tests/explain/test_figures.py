@@ -143,7 +143,7 @@ def test_no_image_has_the_name_of_another_figures_temporary_file(photo, tmp_path
 def test_mistakes(photo, tmp_path):
     out = tmp_path / 'figures'
     assert 'nowhere.jpg: no such file' in fails('explain', photo, 'nowhere.jpg', '--model', 'resnet20_saam', '-o', out)
-    assert 'resnet56_fa has no weights yet' in fails('explain', photo, '--model', 'resnet56_fa', '-o', out)
+    assert 'resnet326_fa has no weights yet' in fails('explain', photo, '--model', 'resnet326_fa', '-o', out)
     assert not out.exists()
     with pytest.raises(UserError, match='cannot be written'):
         explain([photo], 'resnet20_fa', photo)
