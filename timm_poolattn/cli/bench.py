@@ -1,6 +1,5 @@
 """Measurements: gates, import, loader, models, skip, train."""
 
-import os
 from pathlib import Path
 
 import click
@@ -14,8 +13,6 @@ def bench() -> None:
 
     Every figure is a median of one run.
     """
-    # its worker processes import torch for seconds, beside what is measured
-    os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '1')
 
 
 def _rounded(value):
